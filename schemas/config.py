@@ -1,0 +1,225 @@
+"""The config of a run: one frozen pydantic model, read from YAML. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_quantity(value: object) -> object:
+    """``"32MB"``, ``"1GiB"`` or ``"80MP"`` as a number of bytes or pixels; numbers pass through."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]I?)?[BP]?\s*", value, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{value!r} is not a size; write it like 32MB, 80MP or 500000")
+    return int(float(match[1]) * _MULTIPLES[(match[2] or "").upper()])
+
+
+Quantity = Annotated[int, BeforeValidator(parse_quantity), Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all parts of the config."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+# -- sources ----------------------------------------------------------------------------------------------------------
+
+
+class UrlTable(Section):
+    """Rows of a table: parquet, csv, tsv, json or jsonl, also .gz; a path, a glob or any fsspec URL."""
+
+    kind: Literal["url_table"] = "url_table"
+    path: str = Field(description="file, glob or URL; several files are read in the order of their names")
+    url: str = Field("url", description="column with the image URL")
+    text: str | None = Field("text", description="column with the alt text; null when there is none")
+    format: Literal["auto", "parquet", "csv", "tsv", "json", "jsonl"] = Field("auto", description="by the file's ending")
+
+
+class ImageFolder(Section):
+    """A folder of image files, with COCO caption and instance files or with a .txt beside each image."""
+
+    kind: Literal["image_folder"] = "image_folder"
+    path: str
+    captions: str | None = Field(None, description="COCO captions JSON; null: key.txt beside each image, if there is one")
+    instances: str | None = Field(None, description="COCO instances JSON; its boxes become the column boxes")
+
+
+class WebDataset(Section):
+    """WebDataset shards: img2dataset's output or any tar files with an image, a text and perhaps a JSON a sample."""
+
+    kind: Literal["webdataset"] = "webdataset"
+    path: str = Field(description="tar file, glob or folder")
+    image: str = Field("jpg;jpeg;png;webp", description="endings of the image member, first that is there")
+    text: str = Field("txt;caption", description="endings of the text member, or the JSON key given by `text_key`")
+    text_key: str | None = Field(None, description="take the text from this key of the JSON member instead")
+
+
+class Img2DatasetParquet(Section):
+    """What img2dataset wrote with output_format=parquet."""
+
+    kind: Literal["img2dataset_parquet"] = "img2dataset_parquet"
+    path: str = Field(description="parquet file, glob or folder")
+
+
+Source = Annotated[Union[UrlTable, ImageFolder, WebDataset, Img2DatasetParquet], Field(discriminator="kind")]
+
+
+# -- download ---------------------------------------------------------------------------------------------------------
+
+
+class Resize(Section):
+    """How images are resized before they are stored: img2dataset's modes."""
+
+    mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"] = Field(
+        "keep_ratio",
+        description="keep_ratio: shorter side becomes size; keep_ratio_largest: longer side becomes size; center_crop: "
+        "shorter side, then the central square; border: longer side, then padded with white to a square; no: as it is",
+    )
+    size: int = Field(512, gt=0, description="pixels")
+    only_if_bigger: bool = Field(True, description="never enlarge")
+    quality: int = Field(95, ge=1, le=100, description="JPEG quality of re-encoded images")
+
+
+class Download(Section):
+    """How images are fetched."""
+
+    with_: Literal["pairmill", "img2dataset"] = Field("pairmill", alias="with", description="which downloader")
+    concurrency: int = Field(256, gt=0, description="open requests a worker")
+    per_host: int = Field(8, gt=0, description="open requests a host")
+    timeout_s: float = Field(10, gt=0, description="total deadline of one attempt: connect, headers and body")
+    retries: int = Field(2, ge=0, description="further attempts within one run, after errors that may pass")
+    max_bytes: Quantity = Field(32_000_000, description="larger files are refused")
+    max_pixels: Quantity = Field(80_000_000, description="larger images are refused, from their header, before decoding")
+    max_redirects: int = Field(5, ge=0)
+    resize: Resize = Resize()
+    robots: bool = Field(True, description="honour robots.txt and opt-out headers")
+    allow_private_addresses: bool = Field(False, description="loopback and private networks; for tests and intranets")
+    user_agent: str = Field("pairmill/0.1", description="names the product; add a contact of yours")
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+class ModelChoice(Section):
+    """A model by name and pretrained tag, or by local folder. The word ``tiny`` alone means the shipped model."""
+
+    name: str | None = Field(None, description="model name, such as ViT-L-14")
+    pretrained: str | None = Field(None, description="pretrained tag, such as datacomp_xl_s13b_b90k")
+    revision: str | None = Field(None, description="pinned revision of a hub model")
+    path: str | None = Field(None, description="local folder in the model's own format")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            name, _, revision = value.partition("@")
+            return {"name": name, **({"revision": revision} if revision else {})}
+        return value
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ModelChoice:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("give either name (and pretrained) or path, or the word tiny")
+        return self
+
+
+class Models(Section):
+    """Which models the stages use."""
+
+    clip: ModelChoice = ModelChoice(name="tiny")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model's arithmetic")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch: int = Field(32, gt=0, description="rows a forward pass; always padded to this, so results never depend on it")
+
+
+# -- keep -------------------------------------------------------------------------------------------------------------
+
+Condition = Annotated[
+    str,
+    Field(pattern=r"^\s*((>=|<=|>|<)\s*-?[0-9.]+|(top|bottom)\s+[0-9.]+\s*%)\s*$"),
+]
+"""``>= 0.28``, ``< 3``, or, over all live rows, ``top 30%``."""
+
+
+class Keep(BaseModel):
+    """Which pairs stay. A rule set to null is off. Further keys are conditions on any score column of the recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Condition]
+
+    min_words: int | None = Field(3, ge=0)
+    max_words: int | None = Field(None, gt=0)
+    min_chars: int | None = Field(6, ge=0)
+    max_chars: int | None = Field(1000, gt=0)
+    max_repetition: float | None = Field(0.6, ge=0, le=1, description="share of the text that repeats itself")
+    boilerplate: bool = Field(False, description="true keeps texts such as file names and 'image of'")
+    language: tuple[str, ...] | None = Field(("en",), description="ISO 639-1 codes; null: any")
+    min_language_score: float = Field(0.5, ge=0, le=1)
+    min_side: int | None = Field(200, gt=0, description="shorter side of the original, pixels")
+    max_aspect: float | None = Field(3.0, ge=1, description="longer side over shorter side")
+    min_contrast: float | None = Field(2.0, ge=0, description="standard deviation of grey levels; below: blank")
+    clip_score: Condition | None = ">= 0.28"
+
+
+class Dedup(Section):
+    """Which duplicates are dropped; null or false switches a kind off."""
+
+    exact: bool = Field(True, description="same bytes, or same decoded pixels")
+    semantic: float | None = Field(0.95, gt=0, le=1, description="cosine of CLIP image embeddings from which two are one")
+    floor: float = Field(0.80, gt=0, le=1, description="neighbours above this cosine are stored, so `semantic` can move")
+    neighbours: int = Field(32, gt=0, description="neighbours stored for a row")
+    cells: int | None = Field(None, gt=0, description="k-means cells; null: by size, 1 below 20,000 rows")
+    probe: int = Field(4, gt=0, description="cells searched for a row: its own and the next nearest ones")
+
+
+# -- engine -----------------------------------------------------------------------------------------------------------
+
+
+class Engine(Section):
+    """Where the stages run."""
+
+    kind: Literal["local", "ray"] = "ray"
+    address: str | None = Field("auto", description="Ray: a cluster's address; auto: RAY_ADDRESS, a running one, or a new one")
+    workers: int | None = Field(None, gt=0, description="local: processes (default 1); ray: model workers at most")
+
+
+class Errors(Section):
+    """The error budget: how many rows a stage may quarantine before the run stops."""
+
+    max_fraction: float = Field(0.02, ge=0, le=1)
+    min_rows: int = Field(20, ge=0)
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+class RunConfig(Section):
+    """All knobs of a run. See docs/config.md for an example of each."""
+
+    dataset: str = Field(description="a path, or s3://... or gs://...")
+    recipe: str = Field("clip_filter", description="a name in pipelines/, or module:function")
+    source: tuple[Source, ...] = Field(min_length=1)
+    shard_size: int = Field(1000, gt=0, description="pairs a shard; fixed by the first refresh of a dataset")
+    download: Download = Download()
+    models: Models = Models()
+    keep: Keep = Keep()
+    dedup: Dedup = Dedup()
+    engine: Engine = Engine()
+    errors: Errors = Errors()
+    seed: int = 0
+    options: dict[str, Any] = Field(default_factory=dict, description="for recipes of your own")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("source"), dict):
+            return {**value, "source": [value["source"]]}
+        return value
+

@@ -1,0 +1,128 @@
+"""Every Arrow field of the store, named once. Stages refer to these in ``writes`` and by ``.name`` in ``reads``."""
+
+import pyarrow as pa
+
+# -- every table ------------------------------------------------------------------------------------------------------
+UID = pa.field("uid", pa.string(), nullable=False)
+"""sha256 of ``url + "\\n" + text``, hex."""
+SHARD = pa.field("shard", pa.int32(), nullable=False)
+"""The partition column: which shard of pairs the row belongs to. It is in the path, not in the file."""
+REASON = pa.field("reason", pa.string())
+"""A value of `schemas.reasons.Reason`, or null."""
+DETAIL = pa.field("detail", pa.string())
+"""Free text beside a reason."""
+
+# -- pairs: written once, at admission --------------------------------------------------------------------------------
+URL = pa.field("url", pa.string())
+TEXT = pa.field("text", pa.string())
+"""The alt text: the first of `TEXTS`."""
+TEXTS = pa.field("texts", pa.list_(pa.struct([pa.field("text", pa.string()), pa.field("source", pa.string())])))
+"""All texts that came with the pair, the web text first. ``source`` is web or human; synthetic texts are other columns."""
+BOX = pa.struct(
+    [
+        pa.field("label", pa.string()),
+        pa.field("x1", pa.float32()),
+        pa.field("y1", pa.float32()),
+        pa.field("x2", pa.float32()),
+        pa.field("y2", pa.float32()),
+        pa.field("score", pa.float32()),
+        pa.field("source", pa.string()),
+    ]
+)
+BOXES = pa.field("boxes", pa.list_(BOX))
+"""Boxes that came with the pair: xyxy in pixels of the *original* image (see `TRANSFORM`)."""
+LOCATOR = pa.field("locator", pa.string())
+"""Where a local source holds the image's bytes (JSON, see `pairmill.sources.locator`); null: fetch `URL`."""
+EXTRA = pa.field("extra", pa.string())
+"""Columns of the source that pairmill does not use, as a JSON object."""
+SOURCE = pa.field("source", pa.string())
+"""Which source of the config the pair came from: its kind and position, such as ``url_table:0``."""
+REFRESH = pa.field("refresh", pa.int32(), nullable=False)
+"""The number of the refresh that admitted the pair, from 1."""
+
+PAIRS = pa.schema([UID, URL, TEXT, TEXTS, BOXES, LOCATOR, EXTRA, SOURCE, REFRESH, REASON, DETAIL])
+"""The pairs table. A reason here means that the source row was malformed; the pair never enters a stage."""
+
+# -- images -----------------------------------------------------------------------------------------------------------
+IMAGE = pa.field("image", pa.binary())
+"""The stored file (JPEG, PNG or WebP): original bytes where nothing had to change, else re-encoded. Upright RGB."""
+FORMAT = pa.field("format", pa.string())
+"""Format of the stored file: jpeg, png or webp."""
+WIDTH = pa.field("width", pa.int32())
+HEIGHT = pa.field("height", pa.int32())
+ORIGINAL_WIDTH = pa.field("original_width", pa.int32())
+"""Width of the fetched image after EXIF orientation, pixels."""
+ORIGINAL_HEIGHT = pa.field("original_height", pa.int32())
+TRANSFORM = pa.field("transform", pa.list_(pa.float32()))
+"""[sx, sy, dx, dy]: stored x = original x * sx + dx, stored y = original y * sy + dy, pixels."""
+SHA256 = pa.field("sha256", pa.string())
+"""sha256 of the bytes as fetched, hex."""
+PIXEL_SHA256 = pa.field("pixel_sha256", pa.string())
+"""sha256 over width, height and the upright RGB pixels of the original, hex."""
+ORIGINAL_BYTES = pa.field("original_bytes", pa.int64())
+"""Size of the file as fetched."""
+ANIMATED = pa.field("animated", pa.bool_())
+"""The fetched file had several frames; the first is stored."""
+HTTP_STATUS = pa.field("http_status", pa.int32())
+FINAL_URL = pa.field("final_url", pa.string())
+"""Where redirects ended, when that is not `URL`."""
+ETAG = pa.field("etag", pa.string())
+LAST_MODIFIED = pa.field("last_modified", pa.string())
+
+IMAGES = (
+    IMAGE,
+    FORMAT,
+    WIDTH,
+    HEIGHT,
+    ORIGINAL_WIDTH,
+    ORIGINAL_HEIGHT,
+    TRANSFORM,
+    SHA256,
+    PIXEL_SHA256,
+    ORIGINAL_BYTES,
+    ANIMATED,
+    HTTP_STATUS,
+    FINAL_URL,
+    ETAG,
+    LAST_MODIFIED,
+)
+"""What a download stage writes."""
+
+# -- text measures ----------------------------------------------------------------------------------------------------
+WORDS = pa.field("words", pa.int32())
+CHARS = pa.field("chars", pa.int32())
+REPETITION = pa.field("repetition", pa.float32())
+"""Share of the text that repeats itself, 0 to 1."""
+BOILERPLATE = pa.field("boilerplate", pa.string())
+"""Which boilerplate rule the text matches (such as ``file_name``), or null."""
+LANGUAGE = pa.field("language", pa.string())
+"""ISO 639-1 code."""
+LANGUAGE_SCORE = pa.field("language_score", pa.float32())
+"""Probability of `LANGUAGE`, 0 to 1."""
+
+# -- image measures ---------------------------------------------------------------------------------------------------
+CONTRAST = pa.field("contrast", pa.float32())
+"""Standard deviation of the grey levels, 0 to 255; near 0 for a blank image."""
+
+# -- clip -------------------------------------------------------------------------------------------------------------
+CLIP_IMAGE = pa.field("clip_image", pa.list_(pa.float32()))
+"""Unit-length image embedding."""
+CLIP_SCORES = pa.field("clip_scores", pa.list_(pa.float32()))
+"""Cosine of the image with each of `TEXTS`."""
+CLIP_SCORE = pa.field("clip_score", pa.float32())
+"""Cosine of the image with `TEXT`: the first of `CLIP_SCORES`."""
+
+# -- dedup ------------------------------------------------------------------------------------------------------------
+NEIGHBOURS = pa.field(
+    "neighbours", pa.list_(pa.struct([pa.field("uid", pa.string()), pa.field("similarity", pa.float32())]))
+)
+"""Rows searched before or together with this one whose cosine is above the floor, most similar first."""
+
+# -- ledger: written at publishing ------------------------------------------------------------------------------------
+STATUS = pa.field("status", pa.string(), nullable=False)
+DUPLICATE_OF = pa.field("duplicate_of", pa.string())
+"""uid of the kept, more senior pair that this one duplicates."""
+CLUSTER = pa.field("cluster", pa.string())
+"""uid of the pair at the centre of this pair's group of duplicates; null for a pair without duplicates."""
+
+LEDGER = pa.schema([UID, STATUS, REASON, DETAIL, DUPLICATE_OF, CLUSTER])

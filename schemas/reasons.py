@@ -1,0 +1,109 @@
+"""The closed vocabulary of reasons for which a pair is not kept.
+
+A reason reads ``family.what``; free text (a status line, a measured value) goes into the ``detail`` column beside it.
+"""
+
+from enum import Enum
+
+
+class Reason(str, Enum):  # enum.StrEnum needs Python 3.11
+    """Why a pair was dropped or deferred. ``None`` in a table means kept."""
+
+    # the source row itself
+    MALFORMED_ROW = "source.malformed_row"
+    EMPTY_URL = "source.empty_url"
+
+    # the address: refused before a socket is opened
+    URL_INVALID = "url.invalid"
+    URL_SCHEME = "url.scheme"
+    URL_PRIVATE_ADDRESS = "url.private_address"
+    URL_USERINFO = "url.userinfo"
+    URL_REDIRECT_REFUSED = "url.redirect_refused"
+
+    # the answer
+    HTTP_NOT_FOUND = "http.not_found"
+    HTTP_CLIENT_ERROR = "http.client_error"
+    HTTP_SERVER_ERROR = "http.server_error"
+    HTTP_TOO_MANY_REQUESTS = "http.too_many_requests"
+    HTTP_TIMEOUT = "http.timeout"
+    HTTP_CONNECTION = "http.connection"
+    HTTP_DNS = "http.dns"
+    HTTP_TLS = "http.tls"
+    HTTP_REDIRECT_LOOP = "http.redirect_loop"
+    HTTP_PROTOCOL = "http.protocol"
+    HTTP_TOO_LARGE = "http.too_large"
+    HTTP_EMPTY = "http.empty"
+    HTTP_NOT_AN_IMAGE = "http.not_an_image"
+    HTTP_OPT_OUT = "http.opt_out"
+
+    # the picture
+    IMAGE_MISSING = "image.missing"
+    IMAGE_FORMAT = "image.format"
+    IMAGE_UNDECODABLE = "image.undecodable"
+    IMAGE_TRUNCATED = "image.truncated"
+    IMAGE_TOO_MANY_PIXELS = "image.too_many_pixels"
+    IMAGE_TOO_SMALL = "image.too_small"
+    IMAGE_ASPECT = "image.aspect"
+    IMAGE_BLANK = "image.blank"
+
+    # the text
+    TEXT_EMPTY = "text.empty"
+    TEXT_TOO_FEW_WORDS = "text.too_few_words"
+    TEXT_TOO_MANY_WORDS = "text.too_many_words"
+    TEXT_TOO_FEW_CHARS = "text.too_few_chars"
+    TEXT_TOO_MANY_CHARS = "text.too_many_chars"
+    TEXT_REPETITION = "text.repetition"
+    TEXT_BOILERPLATE = "text.boilerplate"
+    TEXT_LANGUAGE = "text.language"
+    TEXT_NO_CONCEPT = "text.no_concept"
+
+    # scores
+    CLIP_BELOW_THRESHOLD = "clip.below_threshold"
+    CLIP_BELOW_QUANTILE = "clip.below_quantile"
+    CONCEPT_NOT_NEAR = "concept.not_near"
+    SCORE_BELOW_THRESHOLD = "score.below_threshold"
+
+    # duplicates of a kept, more senior pair
+    DUPLICATE_BYTES = "duplicate.bytes"
+    DUPLICATE_PIXELS = "duplicate.pixels"
+    DUPLICATE_SEMANTIC = "duplicate.semantic"
+
+    # rows that a stage could not process: quarantined by `pairmill.stage.apply`
+    ERROR_KERNEL = "error.kernel"
+    ERROR_MEMORY = "error.memory"
+    ERROR_CRASH = "error.crash"
+
+    __str__ = str.__str__
+
+
+DEFERRED = frozenset(
+    {
+        Reason.HTTP_SERVER_ERROR,
+        Reason.HTTP_TOO_MANY_REQUESTS,
+        Reason.HTTP_TIMEOUT,
+        Reason.HTTP_CONNECTION,
+        Reason.HTTP_DNS,
+    }
+)
+"""Reasons that may pass with time: such a pair has status ``deferred`` and a later refresh may try it again."""
+
+
+class Status(str, Enum):
+    """What became of a pair in a snapshot."""
+
+    KEPT = "kept"
+    DROPPED = "dropped"
+    DEFERRED = "deferred"
+
+    __str__ = str.__str__
+
+
+def status_of(reason: str | None) -> Status:
+    """The status that follows from a reason; ``None`` means the pair is kept."""
+    if reason is None:
+        return Status.KEPT
+    return Status.DEFERRED if reason in DEFERRED_VALUES else Status.DROPPED
+
+
+DEFERRED_VALUES = frozenset(reason.value for reason in DEFERRED)
+"""The values of `DEFERRED`, for comparison with stored strings."""
