@@ -1,0 +1,76 @@
+"""The record of a published snapshot: one row of the dataset's ``snapshots`` table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class SnapshotRecord:
+    """What a refresh published. Readers open datasets through this record, so they never see half a refresh."""
+
+    id: int
+    """Number of the snapshot, from 1."""
+    refresh: int
+    """Number of the last refresh that admitted pairs."""
+    created_at: str
+    """UTC, ISO 8601."""
+    recipe: str
+    config: str
+    """The config as YAML."""
+    admitted: int
+    """All pairs of the dataset: kept + dropped + deferred."""
+    kept: int
+    dropped: int
+    deferred: int
+    reasons: dict[str, int]
+    """Pairs by reason; the values add up to dropped + deferred."""
+    funnel: list[dict[str, Any]]
+    """One entry a step of the recipe, in order: step, kind, entered, reasons (count by reason), left."""
+    tables: dict[str, int]
+    """Version of each Delta table."""
+    columns: dict[str, str]
+    """Which table holds a column."""
+    models: dict[str, str]
+    """Revision of each model, by stage."""
+    software: dict[str, str]
+    """Versions of the libraries that made it."""
+    seconds: float
+    """Duration of the run that published it."""
+
+    def to_row(self) -> dict[str, Any]:
+        """The record as a row of `SNAPSHOTS`; nested values are JSON."""
+        return {k: json.dumps(v, sort_keys=True) if isinstance(v, (dict, list)) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> SnapshotRecord:
+        """The inverse of `to_row`."""
+        nested = ("reasons", "funnel", "tables", "columns", "models", "software")
+        return cls(**{k: json.loads(v) if k in nested else v for k, v in row.items()})
+
+
+SNAPSHOTS = pa.schema(
+    [
+        pa.field("id", pa.int32(), nullable=False),
+        pa.field("refresh", pa.int32(), nullable=False),
+        pa.field("created_at", pa.string(), nullable=False),
+        pa.field("recipe", pa.string(), nullable=False),
+        pa.field("config", pa.string(), nullable=False),
+        pa.field("admitted", pa.int64(), nullable=False),
+        pa.field("kept", pa.int64(), nullable=False),
+        pa.field("dropped", pa.int64(), nullable=False),
+        pa.field("deferred", pa.int64(), nullable=False),
+        pa.field("reasons", pa.string(), nullable=False),
+        pa.field("funnel", pa.string(), nullable=False),
+        pa.field("tables", pa.string(), nullable=False),
+        pa.field("columns", pa.string(), nullable=False),
+        pa.field("models", pa.string(), nullable=False),
+        pa.field("software", pa.string(), nullable=False),
+        pa.field("seconds", pa.float64(), nullable=False),
+    ]
+)
+"""The snapshots table: the columns of `SnapshotRecord`, nested values as JSON."""
