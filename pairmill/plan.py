@@ -1,10 +1,25 @@
-"""The recipe and the plan."""
+"""From a recipe to a plan: validate columns, fingerprint stages, cut at global steps.
+
+Everything that can be wrong with a recipe is found here, before a dataset is touched.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, field
+from typing import Literal
 
-from pairmill.stage import Step
+from pairmill.errors import PlanError
+from pairmill.stage import GlobalStage, GlobalVerdict, Resources, Stage, Step, Verdict
+from pairmill.store import PAIRS_TABLE
+from schemas import fields
+
+Kind = Literal["stage", "verdict", "global stage", "global verdict"]
+
+PAIR_COLUMNS = (*(f.name for f in fields.PAIRS if f.name not in ("reason", "detail")), fields.SHARD.name)
+"""Columns every step may read: those of the pairs table."""
+
+RESERVED = frozenset({"uid", "shard", "reason", "detail"})
 
 
 @dataclass(frozen=True)
@@ -13,3 +28,190 @@ class Recipe:
 
     name: str
     steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step of the recipe with what the plan knows of it."""
+
+    index: int
+    step: Step
+    kind: Kind
+    fingerprint: str | None
+    """Of a stage: its identity and its inputs'. Verdicts have none: nothing of theirs is stored."""
+    table: str | None
+    """Of a stage: the table that holds its columns."""
+
+    @property
+    def name(self) -> str:
+        """The step's name."""
+        return self.step.name
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive map steps of equal resources: they run in one worker and share decoded images."""
+
+    resources: Resources
+    steps: tuple[PlannedStep, ...]
+
+    @property
+    def title(self) -> str:
+        """Names of its stages."""
+        return "+".join(s.name for s in self.steps if s.kind == "stage") or "verdicts"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What runs between two global steps (`groups`), or one global step."""
+
+    groups: tuple[Group, ...] = ()
+    global_step: PlannedStep | None = None
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """All its steps, in order."""
+        if self.global_step is not None:
+            return (self.global_step,)
+        return tuple(s for g in self.groups for s in g.steps)
+
+    @property
+    def title(self) -> str:
+        """Names of its stages."""
+        return self.global_step.name if self.global_step else " > ".join(g.title for g in self.groups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated recipe: picklable, the same on every engine."""
+
+    recipe: str
+    steps: tuple[PlannedStep, ...]
+    segments: tuple[Segment, ...]
+    columns: dict[str, str] = field(hash=False)
+    """Which table holds a column."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables of its stages, in order."""
+        return tuple(s.table for s in self.steps if s.table is not None)
+
+
+def compile_plan(recipe: Recipe) -> Plan:
+    """Validate a recipe and lay out how it runs.
+
+    Raises:
+        PlanError: an unknown column, two writers of a column, an input that is written only later, a verdict that reads
+            pixels; the message names the step and the column.
+    """
+    if not recipe.steps:
+        raise PlanError(f"recipe {recipe.name!r} has no steps; its function must return at least one stage or verdict")
+    writers = _writers(recipe)
+    columns = dict.fromkeys(PAIR_COLUMNS, PAIRS_TABLE)
+    fingerprints = dict.fromkeys(PAIR_COLUMNS, PAIRS_TABLE)
+    planned = []
+    for index, step in enumerate(recipe.steps):
+        kind = _kind(step)
+        for column in step.reads:
+            _check_readable(step, kind, column, columns, writers)
+        fingerprint = table = None
+        if isinstance(step, (Stage, GlobalStage)):
+            fingerprint = step.fingerprint([fingerprints[c] for c in step.reads])
+            table = f"{step.name}-{fingerprint[:8]}"
+            for f in step.writes:
+                columns[f.name] = table
+                fingerprints[f.name] = fingerprint
+        planned.append(PlannedStep(index, step, kind, fingerprint, table))
+    return Plan(recipe.name, tuple(planned), _cut(planned), columns)
+
+
+def _kind(step: Step) -> Kind:
+    kinds: tuple[tuple[type, Kind], ...] = (
+        (Stage, "stage"),
+        (Verdict, "verdict"),
+        (GlobalStage, "global stage"),
+        (GlobalVerdict, "global verdict"),
+    )
+    for base, kind in kinds:
+        if isinstance(step, base):
+            return kind
+    raise PlanError(f"{step!r} is no step; a recipe holds Stage, Verdict, GlobalStage and GlobalVerdict objects")
+
+
+def _writers(recipe: Recipe) -> dict[str, str]:
+    """Which step writes each column, over the whole recipe."""
+    writers: dict[str, str] = {}
+    for step in recipe.steps:
+        if not isinstance(step, (Stage, GlobalStage)):
+            continue
+        for f in step.writes:
+            if f.name in RESERVED or f.name in PAIR_COLUMNS:
+                raise PlanError(f"stage {step.name!r} writes {f.name!r}, which belongs to the pairs table; rename it")
+            if f.name in writers:
+                raise PlanError(
+                    f"column {f.name!r} has two writers: stage {writers[f.name]!r} and stage {step.name!r}; "
+                    "a column has one writer, so remove one of them or rename its column"
+                )
+            writers[f.name] = step.name
+    return writers
+
+
+def _check_readable(step: Step, kind: Kind, column: str, columns: dict[str, str], writers: dict[str, str]) -> None:
+    who = f"{kind} {step.name!r}"
+    if column == fields.IMAGE.name and kind != "stage":
+        raise PlanError(f"{who} reads {column!r}; only map stages see pixels: measure in a stage, judge its column")
+    if column in columns:
+        return
+    if column in writers:
+        raise PlanError(
+            f"{who} reads {column!r}, but stage {writers[column]!r} that writes it comes later in the recipe; move it "
+            f"before {step.name!r}"
+        )
+    near = difflib.get_close_matches(column, [*columns, *writers], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(sorted({*columns, *writers}))}"
+    raise PlanError(f"{who} reads the unknown column {column!r}{hint}")
+
+
+def _cut(steps: list[PlannedStep]) -> tuple[Segment, ...]:
+    """Segments between global steps; in a segment, groups of equal resources. A verdict joins the group before it."""
+    segments: list[Segment] = []
+    groups: list[list[PlannedStep]] = []
+    resources: list[Resources] = []
+
+    def close() -> None:
+        if groups:
+            segments.append(Segment(tuple(_group(r, g) for r, g in zip(resources, groups, strict=True))))
+            groups.clear()
+            resources.clear()
+
+    for planned in steps:
+        step = planned.step
+        if isinstance(step, (GlobalStage, GlobalVerdict)):
+            close()
+            segments.append(Segment(global_step=planned))
+        elif isinstance(step, Stage):
+            wanted = step.resources
+            only_verdicts = bool(groups) and all(s.kind == "verdict" for s in groups[-1])
+            if groups and (only_verdicts or _place(resources[-1]) == _place(wanted)):
+                if only_verdicts:
+                    resources[-1] = wanted
+                groups[-1].append(planned)
+            else:
+                groups.append([planned])
+                resources.append(wanted)
+        elif groups:
+            groups[-1].append(planned)
+        else:
+            groups.append([planned])
+            resources.append(Resources())
+    close()
+    return tuple(segments)
+
+
+def _place(resources: Resources) -> tuple[float, float, int]:
+    return resources.cpus, resources.gpus, resources.rows
+
+
+def _group(resources: Resources, steps: list[PlannedStep]) -> Group:
+    actor = any(isinstance(s.step, Stage) and s.step.resources.actor for s in steps)
+    return Group(Resources(resources.cpus, resources.gpus, resources.rows, actor), tuple(steps))
