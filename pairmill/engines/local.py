@@ -1,0 +1,85 @@
+"""The local engine: in this process, or in a few processes of this machine. For debugging, tests and single machines."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from pairmill.engines import run_unit
+from pairmill.errors import EngineError
+from pairmill.execute import Job, Unit, Worker
+from schemas.config import Engine as EngineConfig
+
+
+@contextlib.contextmanager
+def local_engine(config: EngineConfig) -> Iterator[LocalEngine]:
+    """The local engine; nothing to start."""
+    yield LocalEngine(config.workers or 1)
+
+
+class LocalEngine:
+    """Runs units one after the other, or in `workers` processes."""
+
+    name = "local"
+
+    def __init__(self, workers: int = 1) -> None:
+        self._workers = workers
+
+    def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
+        """See `pairmill.engines.Engine.run`."""
+        if self._workers == 1:
+            workers = _open(job)
+            for unit in units:
+                yield _run_all(workers, unit)
+        else:
+            yield from self._run_processes(job, units)
+
+    def _run_processes(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
+        pool = ProcessPoolExecutor(
+            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize, initargs=(job,)
+        )
+        try:
+            waiting: set[Future[Unit]] = set()
+            for unit in units:
+                waiting.add(pool.submit(_run_in_process, unit))
+                while len(waiting) >= 2 * self._workers:  # bounded: the units of a large dataset are many
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BrokenProcessPool as error:
+            raise EngineError(
+                "a worker process died (out of memory, or killed); what was committed is kept: run the command again, "
+                "with fewer engine.workers if memory was short"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _open(job: Job) -> list[Worker]:
+    return [Worker(job, group) for group in range(len(job.groups))]
+
+
+def _run_all(workers: list[Worker], unit: Unit) -> Unit:
+    for worker in workers:
+        unit = run_unit(worker, unit)
+    return unit
+
+
+_process_workers: list[Worker] = []
+"""In a worker process: its workers, which keep opened kernels from unit to unit."""
+
+
+def _initialize(job: Job) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which stops the pool in order
+    _process_workers[:] = _open(job)
+
+
+def _run_in_process(unit: Unit) -> Unit:
+    return _run_all(_process_workers, unit)

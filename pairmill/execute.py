@@ -1,0 +1,493 @@
+"""Running a plan over stored columns: what is left to do, who is live, and the work of one worker on one shard.
+
+`replay` walks the steps of a plan over what the store already holds. The driver uses it to find the work and to publish;
+nothing is computed but verdicts. `run_group` is what a worker does on every engine: it walks the same steps over one
+shard, computes the rows that a stage's table lacks, writes them to a file and returns its description for the commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pairmill.errors import ContractError
+from pairmill.plan import PAIR_COLUMNS, Group, Plan, PlannedStep
+from pairmill.stage import (
+    Batch,
+    ErrorBudget,
+    GlobalStage,
+    GlobalVerdict,
+    Judgement,
+    Kernel,
+    PixelCache,
+    Stage,
+    Verdict,
+    apply,
+    output_schema,
+)
+from pairmill.store import PAIRS_TABLE, DataFile, Dataset, ShardWriter, existing_file, read_files
+from schemas import fields
+
+
+def table_schema(plan: Plan, table: str) -> pa.Schema:
+    """The schema of a table's files."""
+    if table == PAIRS_TABLE:
+        return fields.PAIRS
+    for planned in plan.steps:
+        if planned.table == table and isinstance(planned.step, (Stage, GlobalStage)):
+            return output_schema(planned.step)
+    raise ContractError(f"the plan has no table {table!r}")
+
+
+class _Part:
+    """The rows of one stage's table, stored and new, and where each row of the base is among them."""
+
+    def __init__(
+        self, dataset: Dataset, schema: pa.Schema, files: Sequence[DataFile], base_uid: pa.ChunkedArray
+    ) -> None:
+        self._dataset = dataset
+        self._schema = schema
+        self._files = list(files)
+        self._new: list[pa.Table] = []
+        self._stored: dict[str, pa.ChunkedArray] = {}
+        uid = self._load("uid")
+        found = pc.index_in(base_uid, value_set=uid).fill_null(-1) if len(uid) else None
+        self.position = found.to_numpy() if found is not None else np.full(len(base_uid), -1, np.int64)
+        self.position = self.position.astype(np.int64, copy=True)
+        self._rows = len(uid)
+
+    def _load(self, name: str) -> pa.ChunkedArray:
+        if name not in self._stored:
+            self._stored[name] = read_files(self._dataset, self._files, self._schema, [name]).column(name)
+        return self._stored[name]
+
+    def append(self, rows: np.ndarray, table: pa.Table) -> None:
+        """Add computed rows, which belong to these rows of the base."""
+        self._new.append(table)
+        self.position[rows] = self._rows + np.arange(table.num_rows)
+        self._rows += table.num_rows
+
+    def take(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+        """A column for some rows of the base; null where the table has none."""
+        stored = self._load(name)
+        chunks = [*stored.chunks, *(chunk for table in self._new for chunk in table.column(name).chunks)]
+        column = pa.chunked_array(chunks, type=stored.type)
+        index = self.position[rows]
+        return column.take(pa.array(index, mask=index < 0))
+
+
+class Frame:
+    """The pairs of some shards with the columns of all tables beside them, aligned by uid and loaded when asked for."""
+
+    def __init__(self, dataset: Dataset, plan: Plan, files: Mapping[str, Sequence[DataFile]]) -> None:
+        self._dataset = dataset
+        self._plan = plan
+        self._files = {table: list(found) for table, found in files.items()}
+        self._parts: dict[str, _Part] = {}
+        self._pairs: dict[str, pa.ChunkedArray] = {}
+        self.uid = self.pairs_column("uid")
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def pairs_column(self, name: str) -> pa.ChunkedArray:
+        """A column of the pairs table, whole."""
+        if name not in self._pairs:
+            files = self._files.get(PAIRS_TABLE, [])
+            self._pairs[name] = read_files(self._dataset, files, fields.PAIRS, [name]).column(name)
+        return self._pairs[name]
+
+    def part(self, table: str) -> _Part:
+        """The rows of a stage's table."""
+        if table not in self._parts:
+            schema = table_schema(self._plan, table)
+            self._parts[table] = _Part(self._dataset, schema, self._files.get(table, []), self.uid)
+        return self._parts[table]
+
+    def adopt(self, table: str, file: DataFile) -> None:
+        """Take a finished file into account; only before its table was looked at."""
+        self._files.setdefault(table, []).append(file)
+        self._parts.pop(table, None)
+
+    def present(self, table: str) -> np.ndarray:
+        """Which rows the table has: booleans, one a row of the base."""
+        return self.part(table).position >= 0
+
+    def column(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+        """Any column of the plan, for some rows."""
+        if name in PAIR_COLUMNS:
+            return self.pairs_column(name).take(pa.array(rows))
+        return self.part(self._plan.columns[name]).take(name, rows)
+
+    def table(self, names: Sequence[str], rows: np.ndarray) -> pa.Table:
+        """Some columns, and ``uid`` first, for some rows."""
+        wanted = list(dict.fromkeys(("uid", *names)))
+        return pa.table({name: self.column(name, rows) for name in wanted})
+
+
+@dataclass
+class State:
+    """What is known of each row of a frame after some steps: arrays of its length."""
+
+    live: np.ndarray
+    """bool: not dropped by the steps so far."""
+    pending: np.ndarray
+    """bool: live, but a stage still lacks its row, so later steps cannot say anything of it."""
+    reason: np.ndarray
+    """str or None."""
+    detail: np.ndarray
+    duplicate_of: np.ndarray
+    cluster: np.ndarray
+    todo: dict[int, np.ndarray] = field(default_factory=dict)
+    """Rows that the stage with this index in the plan has to compute."""
+    funnel: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a step: step, kind, entered, reasons, left."""
+
+    @classmethod
+    def start(cls, frame: Frame) -> State:
+        """Before the first step: malformed source rows are dropped already."""
+        n = len(frame)
+        reason = np.array(frame.pairs_column("reason").to_pylist(), dtype=object)
+        detail = np.array(frame.pairs_column("detail").to_pylist(), dtype=object)
+        live = np.array([r is None for r in reason], dtype=bool)
+        nothing = np.full(n, None, dtype=object)
+        state = cls(live, np.zeros(n, bool), reason, detail, nothing.copy(), nothing.copy())
+        counts = Counter(r for r in reason if r is not None)
+        state._record("source", "source", n, counts)
+        return state
+
+    def rows(self) -> np.ndarray:
+        """Rows that are live and whose state is known."""
+        return np.flatnonzero(self.live & ~self.pending)
+
+    def drop(self, planned: PlannedStep, entered: int, rows: np.ndarray, verdict: Judgement) -> None:
+        """Take the rows out that have a reason."""
+        counts = _drop(self, rows, verdict)
+        self._record(planned.name, planned.kind, entered, counts)
+
+    def _record(self, name: str, kind: str, entered: int, counts: Mapping[str, int]) -> None:
+        left = entered - sum(counts.values())
+        self.funnel.append(
+            {"step": name, "kind": kind, "entered": entered, "reasons": dict(sorted(counts.items())), "left": left}
+        )
+
+
+def _drop(state: State, rows: np.ndarray, verdict: Judgement) -> Counter[str]:
+    if verdict.cluster is not None:
+        state.cluster[rows] = np.array(verdict.cluster.to_pylist(), dtype=object)
+    reasons = verdict.reason
+    guilty = np.flatnonzero(pc.is_valid(reasons).to_numpy(zero_copy_only=False))
+    if not len(guilty):
+        return Counter()
+    at = rows[guilty]
+    picked = pa.array(guilty)
+    names = reasons.take(picked).to_pylist()
+    state.live[at] = False
+    state.reason[at] = names
+    for target, column in ((state.detail, verdict.detail), (state.duplicate_of, verdict.duplicate_of)):
+        if column is not None:
+            target[at] = column.take(picked).to_pylist()
+    return Counter(names)
+
+
+def measured_failures(frame: Frame, table: str, rows: np.ndarray) -> Judgement:
+    """The reasons a stage itself gave to rows it could not measure."""
+    part = frame.part(table)
+    return Judgement(_flat(part.take("reason", rows)), _flat(part.take("detail", rows)))
+
+
+def judge(planned: PlannedStep, frame: Frame, rows: np.ndarray) -> Judgement:
+    """What a verdict says of some rows. Global verdicts see them sorted by uid; the answer is in the order of `rows`.
+
+    Raises:
+        ContractError: the verdict returned another number of rows.
+    """
+    step = planned.step
+    if isinstance(step, GlobalVerdict):
+        order = sorted_by_uid(frame, rows)
+        answer = step.judge(frame.table(("shard", "refresh", *step.reads), rows[order]))
+        back = pa.array(np.argsort(order, kind="stable"))
+    elif isinstance(step, Verdict):
+        answer = step.judge(frame.table(step.reads, rows))
+        back = None
+    else:
+        raise ContractError(f"{planned.name!r} is no verdict")
+    if len(answer.reason) != len(rows):
+        raise ContractError(f"verdict {planned.name!r} judged {len(answer.reason)} rows of {len(rows)}")
+    columns = {
+        name: None if column is None else _flat(column) if back is None else _flat(column).take(back)
+        for name, column in (
+            ("reason", answer.reason),
+            ("detail", answer.detail),
+            ("duplicate_of", answer.duplicate_of),
+            ("cluster", answer.cluster),
+        )
+    }
+    return Judgement(**columns)  # type: ignore[arg-type]
+
+
+def sorted_by_uid(frame: Frame, rows: np.ndarray) -> np.ndarray:
+    """Positions in `rows` that sort them by uid: the order global steps see, independent of shards."""
+    return pc.sort_indices(frame.uid.take(pa.array(rows))).to_numpy()
+
+
+def _flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def replay(plan: Plan, frame: Frame, until: int | None = None) -> State:
+    """Walk the first `until` steps over what the tables hold.
+
+    Rows that a stage lacks become pending and are listed in `State.todo`. A global verdict cannot be judged while a row
+    is pending: the walk ends there.
+    """
+    state = State.start(frame)
+    for planned in plan.steps[:until]:
+        rows = state.rows()
+        if planned.table is not None:
+            lacking = rows[~frame.present(planned.table)[rows]]
+            if len(lacking):
+                state.todo[planned.index] = lacking
+                state.pending[lacking] = True
+                rows = state.rows()
+            state.drop(planned, len(rows), rows, measured_failures(frame, planned.table, rows))
+        else:
+            if planned.kind == "global verdict" and state.pending.any():
+                break
+            state.drop(planned, len(rows), rows, judge(planned, frame, rows))
+    return state
+
+
+# -- the work of one worker on one shard ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a segment know."""
+
+    dataset: str
+    plan: Plan
+    segment: int
+    max_error_fraction: float
+    min_error_rows: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of the segment."""
+        return self.plan.segments[self.segment].groups
+
+
+@dataclass
+class Unit:
+    """One shard on its way through a segment: references only, never pixels. JSON travels between workers."""
+
+    shard: int
+    live: str
+    """Who is live: bits over the rows of the shard's pairs file, packed, hex."""
+    files: dict[str, list[dict[str, Any]]]
+    """The files of the shard, by table: `DataFile` as dictionaries."""
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    """Files to commit: `DataFile` with ``table``."""
+    computed: dict[str, int] = field(default_factory=dict)
+    """Rows computed, by stage."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows dropped, by reason."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time in kernels, by stage."""
+    errors: dict[str, list[Any]] = field(default_factory=dict)
+    """By stage: rows seen, rows quarantined, first traceback."""
+    failure: list[str] | None = None
+    """Class name and message of the error that stopped this unit."""
+
+    def dumps(self) -> str:
+        """The unit as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Unit:
+        """The inverse of `dumps`."""
+        return cls(**json.loads(text))
+
+
+def pack(live: np.ndarray) -> str:
+    """Booleans as hex."""
+    return np.packbits(live).tobytes().hex()
+
+
+def unpack(text: str, rows: int) -> np.ndarray:
+    """The inverse of `pack`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=rows).astype(bool)
+
+
+class Worker:
+    """Holds the opened kernels of a group; lives as long as the process or actor it is in."""
+
+    def __init__(self, job: Job, group: int) -> None:
+        self._job = job
+        self._group = job.groups[group]
+        self._dataset = Dataset(job.dataset)
+        self._kernels: dict[int, Kernel] = {}
+        self._pixels = PixelCache()
+
+    def _kernel(self, planned: PlannedStep) -> Kernel:
+        if planned.index not in self._kernels:
+            assert isinstance(planned.step, Stage)
+            self._kernels[planned.index] = planned.step.open()
+        return self._kernels[planned.index]
+
+    def run(self, unit: Unit) -> Unit:
+        """Run the group over a shard: compute what is lacking, write it, and return the unit with its new files."""
+        plan = self._job.plan
+        files = {table: [DataFile(**f) for f in found] for table, found in unit.files.items()}
+        frame = Frame(self._dataset, plan, files)
+        live = unpack(unit.live, len(frame))
+        outputs = list(unit.outputs)
+        names = {}
+        for planned in self._group.steps:
+            if planned.table is not None:
+                adopted, names[planned.index] = self._adopt(planned.table, unit.shard, unit.live, files)
+                for file in adopted:
+                    frame.adopt(planned.table, file)
+                    outputs.append({"table": planned.table, **asdict(file)})
+        walk = _Walk(self._job, self._group, frame, live, self._kernel, self._pixels)
+        with contextlib.ExitStack() as stack:
+            writers: dict[int, ShardWriter] = {}
+
+            def write(planned: PlannedStep, rows: pa.Table) -> None:
+                if planned.index not in writers:
+                    assert planned.table is not None
+                    schema = table_schema(plan, planned.table)
+                    writer = self._dataset.table(planned.table, schema).writer(unit.shard, names[planned.index])
+                    writers[planned.index] = stack.enter_context(writer)
+                writers[planned.index].write(rows)
+
+            walk.run(write)
+            for planned in self._group.steps:
+                if planned.index in writers:
+                    outputs.append({"table": planned.table, **asdict(writers[planned.index].close())})
+        merged = {table: [asdict(f) for f in found] for table, found in files.items()}
+        for output in outputs[len(unit.outputs) :]:
+            new = {k: v for k, v in output.items() if k != "table"}
+            merged.setdefault(output["table"], []).append(new)
+        return replace(
+            unit,
+            live=pack(walk.live),
+            files=merged,
+            outputs=outputs,
+            computed={**unit.computed, **walk.computed},
+            dropped=dict(Counter(unit.dropped) + walk.dropped),
+            seconds={**unit.seconds, **walk.seconds},
+            errors={**unit.errors, **walk.errors},
+        )
+
+    def _adopt(
+        self, table: str, shard: int, live: str, files: dict[str, list[DataFile]]
+    ) -> tuple[list[DataFile], str]:
+        """Files that an interrupted run finished for this very work but did not commit, and a name for the next one.
+
+        A name says what the work is: who is live and what the table holds already. So the same work has the same name
+        in every run, and other work never finds the file.
+        """
+        adopted: list[DataFile] = []
+        known = [f.relative for f in files.get(table, [])]
+        while True:
+            name = "part-" + hashlib.sha256(json.dumps([live, sorted(known)]).encode()).hexdigest()[:16]
+            found = existing_file(self._dataset, table, shard, name)
+            if found is None:
+                return adopted, name
+            adopted.append(found)
+            known.append(found.relative)
+
+
+class _Walk:
+    """The steps of a group over the live rows of one shard."""
+
+    def __init__(
+        self,
+        job: Job,
+        group: Group,
+        frame: Frame,
+        live: np.ndarray,
+        kernel: Callable[[PlannedStep], Kernel],
+        pixels: PixelCache,
+    ) -> None:
+        self._job = job
+        self._group = group
+        self._frame = frame
+        self._kernel = kernel
+        self._pixels = pixels
+        self.live = live
+        self.computed: dict[str, int] = {}
+        self.dropped: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+        self.errors: dict[str, list[Any]] = {}
+        self._budgets: dict[str, ErrorBudget] = {}
+
+    def run(self, write: Callable[[PlannedStep, pa.Table], None]) -> None:
+        """Chunk by chunk through all steps, so that decoded images are shared and memory is bounded."""
+        rows = np.flatnonzero(self.live)
+        shard_rows = len(rows)
+        for start in range(0, shard_rows, self._group.resources.rows):
+            alive = rows[start : start + self._group.resources.rows]
+            for planned in self._group.steps:
+                if planned.table is not None:
+                    self._measure(planned, alive, shard_rows, write)
+                    verdict = measured_failures(self._frame, planned.table, alive)
+                else:
+                    verdict = judge(planned, self._frame, alive)
+                keep = pc.is_null(verdict.reason).to_numpy(zero_copy_only=False)
+                self.dropped += Counter(verdict.reason.drop_null().to_pylist())
+                self.live[alive[~keep]] = False
+                alive = alive[keep]
+            self._pixels.clear()
+        for name, budget in self._budgets.items():
+            self.errors[name] = [self.computed[name], budget.errors, budget.first_traceback]
+
+    def _measure(
+        self, planned: PlannedStep, alive: np.ndarray, shard_rows: int, write: Callable[[PlannedStep, pa.Table], None]
+    ) -> None:
+        assert planned.table is not None and isinstance(planned.step, Stage)
+        stage = planned.step
+        lacking = alive[~self._frame.present(planned.table)[alive]]
+        if not len(lacking):
+            return
+        budget = self._budgets.setdefault(
+            stage.name, ErrorBudget(self._job.max_error_fraction, self._job.min_error_rows, shard_rows)
+        )
+        kernel = self._kernel(planned)
+        begin = time.perf_counter()
+        output = apply(stage, kernel, Batch(self._frame.table(stage.reads, lacking), self._pixels), budget)
+        self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + time.perf_counter() - begin
+        self.computed[stage.name] = self.computed.get(stage.name, 0) + len(lacking)
+        self._frame.part(planned.table).append(lacking, output)
+        write(planned, output)
+
+
+def units_to_do(plan: Plan, segment: int, frame: Frame, files: Mapping[str, Sequence[DataFile]]) -> Iterator[Unit]:
+    """One unit for each shard that has rows to compute in a segment of map stages."""
+    steps = plan.segments[segment].steps
+    first = steps[0].index
+    before = replay(plan, frame, first)
+    todo = np.zeros(len(frame), bool)
+    for index, rows in replay(plan, frame, steps[-1].index + 1).todo.items():
+        if index >= first:
+            todo[rows] = True
+    shards = frame.pairs_column("shard").to_numpy()
+    by_shard: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    wanted = {PAIRS_TABLE, *plan.tables[: sum(s.table is not None for s in plan.steps[: steps[-1].index + 1])]}
+    for table in sorted(wanted):
+        for file in files.get(table, ()):
+            by_shard.setdefault(file.shard, {}).setdefault(table, []).append(asdict(file))
+    for shard in np.unique(shards[todo]).tolist():
+        low, high = np.searchsorted(shards, [shard, shard + 1])  # pairs files are listed by shard
+        yield Unit(shard, pack(before.live[low:high]), by_shard[shard])
