@@ -333,7 +333,7 @@ class Worker:
     """Holds the opened kernels of a group; lives as long as the process or actor it is in."""
 
     def __init__(self, job: Job, group: int) -> None:
-        self._job = job
+        self.job = job
         self._group = job.groups[group]
         self._dataset = Dataset(job.dataset)
         self._kernels: dict[int, Kernel] = {}
@@ -347,7 +347,7 @@ class Worker:
 
     def run(self, unit: Unit) -> Unit:
         """Run the group over a shard: compute what is lacking, write it, and return the unit with its new files."""
-        plan = self._job.plan
+        plan = self.job.plan
         files = {table: [DataFile(**f) for f in found] for table, found in unit.files.items()}
         frame = Frame(self._dataset, plan, files)
         live = unpack(unit.live, len(frame))
@@ -359,7 +359,7 @@ class Worker:
                 for file in adopted:
                     frame.adopt(planned.table, file)
                     outputs.append({"table": planned.table, **asdict(file)})
-        walk = _Walk(self._job, self._group, frame, live, self._kernel, self._pixels)
+        walk = _Walk(self.job, self._group, frame, live, self._kernel, self._pixels)
         with contextlib.ExitStack() as stack:
             writers: dict[int, ShardWriter] = {}
 

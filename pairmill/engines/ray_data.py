@@ -1,0 +1,221 @@
+"""The Ray Data engine: CPU groups as tasks, model groups as actor pools, streaming from group to group.
+
+What travels through Ray is the JSON of a `Unit`, a few kilobytes a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pairmill.engines import run_unit
+from pairmill.errors import EngineError
+from pairmill.execute import Job, Unit, Worker
+from schemas.config import Engine as EngineConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LOCAL_ADDRESS = "127.0.0.2"
+"""Keeps a cluster of our own on loopback; Ray rewrites 127.0.0.1 to the host's address, but not this one."""
+
+WORKER_RETRIES = 3
+"""How often a unit is tried again whose worker died. Files are named by their work, so a retry writes nothing twice."""
+
+
+@contextlib.contextmanager
+def ray_engine(config: EngineConfig) -> Iterator[RayEngine]:
+    """Join the cluster that the config or RAY_ADDRESS names, or one that runs here; else start one on this machine.
+
+    Raises:
+        EngineError: Ray is not installed, or the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray.init; pairmill never calls home
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise EngineError(
+            "engine.kind is ray, but Ray is not installed; pip install 'ray[data]' or run with --set engine.kind=local"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log reaches us as an exception
+    if ray.is_initialized():
+        yield RayEngine(config, "ray (joined)")
+        return
+    name = _start(config.address)
+    try:
+        yield RayEngine(config, name)
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str | None) -> str:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    wanted = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    try:
+        if wanted and wanted != "local":
+            ray.init(address=wanted, **quiet)
+            return f"ray cluster at {wanted}"
+        if address == "auto" and not wanted:
+            with contextlib.suppress(ConnectionError):
+                ray.init(address="auto", **quiet)
+                return "ray cluster that runs here"
+        with _import_path():
+            ray.init(address="local", include_dashboard=False, _node_ip_address=LOCAL_ADDRESS, **quiet)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise EngineError(
+            f"cannot start or reach Ray ({wanted or 'local'}): {error}; check engine.address and RAY_ADDRESS, or run with "
+            "--set engine.kind=local"
+        ) from error
+    return f"ray, started here with {int(ray.cluster_resources().get('CPU', 0))} CPUs"
+
+
+@contextlib.contextmanager
+def _import_path() -> Iterator[None]:
+    """Workers of a cluster started here inherit this environment, so they import what the driver can import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How a group runs on a cluster."""
+
+    cpus: float
+    gpus: float
+    workers: int
+    """Actors at most; 0: tasks."""
+
+
+def size_pools(job: Job, cluster: Mapping[str, float], wanted_workers: int | None) -> list[Pool]:
+    """How many workers each group gets, so that all groups can run at the same time.
+
+    Actors hold their CPUs for the whole segment: were they to take all of them, tasks would wait for ever. So the largest
+    task is set aside first, and CPUs are scaled down where even one worker a group does not fit.
+
+    Raises:
+        EngineError: the cluster has no GPU, or fewer than the groups need together.
+    """
+    groups = job.groups
+    actors = [g for g in groups if g.resources.actor]
+    task_cpus = max((g.resources.cpus for g in groups if not g.resources.actor), default=0.0)
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    gpus_needed = sum(g.resources.gpus for g in actors)
+    if gpus_needed > gpus:
+        raise EngineError(
+            f"the recipe needs {gpus_needed:g} GPUs at a time, the Ray cluster has {gpus:g}; add GPU nodes, or run the "
+            "models on CPUs with --set models.device=cpu"
+        )
+    minimum = sum(g.resources.cpus for g in actors) + task_cpus
+    if cpus <= 0:
+        raise EngineError("the Ray cluster offers no CPUs; add nodes, or run with --set engine.kind=local")
+    scale = min(1.0, cpus / minimum) if minimum else 1.0
+    spare_cpus, spare_gpus = cpus - task_cpus * scale, gpus
+    pools = []
+    for group in groups:
+        need = group.resources.cpus * scale
+        if not group.resources.actor:
+            pools.append(Pool(need, group.resources.gpus, 0))
+            continue
+        fits = [spare_cpus / len(actors) / need if need else float("inf")]
+        if group.resources.gpus:
+            fits.append(spare_gpus / len(actors) / group.resources.gpus)
+        workers = max(1, int(min(fits) + 1e-9))
+        pools.append(Pool(need, group.resources.gpus, min(workers, wanted_workers or workers)))
+    return pools
+
+
+class RayEngine:
+    """Streams units through Ray Data."""
+
+    def __init__(self, config: EngineConfig, name: str) -> None:
+        self._config = config
+        self.name = name
+
+    def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
+        """See `pairmill.engines.Engine.run`."""
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False
+        items = [{"unit": unit.dumps()} for unit in units]
+        stream = ray.data.from_items(items, override_num_blocks=len(items))
+        pools = size_pools(job, ray.cluster_resources(), self._config.workers)
+        for index, pool in enumerate(pools):
+            common: dict[str, Any] = {"batch_size": 1, "num_cpus": pool.cpus, "zero_copy_batch": True}
+            if pool.gpus:
+                common["num_gpus"] = pool.gpus
+            if pool.workers:
+                stream = stream.map_batches(
+                    _GroupActor,
+                    fn_constructor_args=(job, index),
+                    compute=ActorPoolStrategy(min_size=1, max_size=pool.workers),
+                    ray_remote_args_fn=_actor_retries,
+                    **common,
+                )
+            else:
+                stream = stream.map_batches(
+                    _run_task, fn_kwargs={"job": job, "group": index}, ray_remote_args_fn=_task_retries, **common
+                )
+        try:
+            for batch in stream.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+                for text in batch["unit"]:
+                    yield Unit.loads(str(text))
+        except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
+            raise EngineError(
+                f"Ray stopped the run: {type(error).__name__}: {str(error).strip().splitlines()[-1]}; what was committed "
+                "is kept: run the command again"
+            ) from error
+
+
+def _actor_retries() -> dict[str, Any]:
+    return {"max_restarts": WORKER_RETRIES, "max_task_retries": WORKER_RETRIES}  # Ray's default is without end
+
+
+def _task_retries() -> dict[str, Any]:
+    return {"max_retries": WORKER_RETRIES}
+
+
+class _GroupActor:
+    """A long-lived worker of one group: keeps its kernels (weights) between units."""
+
+    def __init__(self, job: Job, group: int) -> None:
+        self._worker = Worker(job, group)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return _run_batch(self._worker, batch)
+
+
+_task_workers: dict[tuple[str, int, int], Worker] = {}
+"""In a process that Ray keeps for tasks: workers of the latest job, so that kernels are opened once."""
+
+
+def _run_task(batch: dict[str, np.ndarray], job: Job, group: int) -> dict[str, np.ndarray]:
+    key = (job.dataset, job.segment, group)
+    worker = _task_workers.get(key)
+    if worker is None or worker.job != job:
+        worker = _task_workers[key] = Worker(job, group)
+    return _run_batch(worker, batch)
+
+
+def _run_batch(worker: Worker, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    return {"unit": np.array([run_unit(worker, Unit.loads(str(text))).dumps() for text in batch["unit"]], dtype=object)}
