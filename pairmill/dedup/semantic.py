@@ -1,0 +1,271 @@
+"""Duplicates that look alike: cosine of image embeddings, as in SemDeDup (arXiv:2303.09540), without losing neighbours
+across the borders of cells.
+
+Measuring and judging are apart. `SemanticNeighbours` searches and stores edges; `SemanticDuplicates` is a cheap pass
+over them, so a changed threshold, or a senior row that falls for another reason, needs no new search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pairmill.dedup.cells import SLACK, Assignment, Embeddings, Flat, Near, default_cells, exact_cosines, near_pairs
+from pairmill.dedup.seniority import Rows, seniority
+from pairmill.stage import GlobalStage, GlobalVerdict, Judgement
+from schemas import fields
+from schemas.reasons import Reason
+
+SENIORS = 4
+"""How many of the most senior near rows are stored for every similarity, so that a big cluster is a star around its
+most senior rows: whatever the threshold, and even when up to three of them are dropped for other reasons, its rows
+meet."""
+
+Mask = npt.NDArray[np.bool_]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SemanticNeighbours(GlobalStage):
+    """Stores for each row its near rows among all live rows: uid and cosine, most similar first.
+
+    Stored are the `neighbours` most similar rows above `floor` and, when there are more, the most senior ones: those
+    for which fewer than `SENIORS` others are both more similar and more senior. A row that joins later than rows it is
+    senior to (a threshold was relaxed) also stores the edges by which they would have named it.
+    """
+
+    name: ClassVar[str] = "neighbours"
+    floor: float = 0.80
+    neighbours: int = 32
+    cells: int | None = None
+    """k-means cells; null: `pairmill.dedup.cells.default_cells`."""
+    probe: int = 4
+    """Cells searched for a row: its own and the next nearest ones."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The embedding, and the score that decides who is senior."""
+        return (fields.CLIP_IMAGE.name, fields.CLIP_SCORE.name)
+
+    @property
+    def writes(self) -> tuple[pa.Field, ...]:
+        """The neighbours; null for rows without an embedding."""
+        return (fields.NEIGHBOURS,)
+
+    def measure(self, live: pa.Table, todo: pa.BooleanArray) -> pa.Table:
+        """Search the neighbours of the marked rows among all rows."""
+        marked = np.asarray(todo)
+        embeddings = Embeddings(live.column(fields.CLIP_IMAGE.name))
+        rank = seniority(live, fields.CLIP_SCORE.name)[embeddings.rows]
+        edges = self._edges(embeddings, rank, marked[embeddings.rows]) if len(embeddings) else Near.concatenate([])
+        return _lists(live.column("uid"), np.flatnonzero(marked), embeddings.rows, edges)
+
+    def _edges(self, embeddings: Embeddings, rank: Rows, todo: Mask) -> Near:
+        """The edges to store, by vector, in the order in which they are stored."""
+        search = _Search(embeddings.rounded(), rank, self)
+        found, overtaken = search.run(todo, todo)
+        if overtaken.any():
+            theirs, _ = search.run(overtaken, todo)
+            theirs = theirs.where(todo[theirs.other] & (rank[theirs.other] < rank[theirs.query]))
+            found = Near.concatenate([found, Near(theirs.other, theirs.query, theirs.similarity)])
+            _, first = np.unique(found.query * len(rank) + found.other, return_index=True)
+            found = found.where(first)
+        exact = Near(found.query, found.other, exact_cosines(embeddings, found.query, found.other))
+        exact = exact.where(exact.similarity >= np.float32(self.floor))
+        return exact.where(_order(exact, rank))
+
+
+class _Search:
+    """Searches one set of vectors."""
+
+    def __init__(self, vectors: npt.NDArray[np.int16], rank: Rows, stage: SemanticNeighbours) -> None:
+        self._vectors = vectors
+        self._rank = rank
+        self._stage = stage
+        self._cells: dict[int, Assignment] = {}
+
+    def run(self, queries: Mask, todo: Mask) -> tuple[Near, Mask]:
+        """The edges of the queries, and the rows that are not `todo` but near to a query that is senior to them."""
+        found: list[Near] = []
+        overtaken = np.zeros(len(queries), dtype=bool)
+        for rows, asking in self._parts(queries):
+            shown, hidden = _few_of_each(self._vectors, rows[np.argsort(self._rank[rows])], self._stage.neighbours + 1)
+            for near in near_pairs(self._vectors, shown, asking, self._stage.floor - SLACK):
+                if len(near):
+                    overtaken[near.other[self._rank[near.query] < self._rank[near.other]]] = True
+                    overtaken[hidden[self._rank[near.query].min() < self._rank[hidden]]] = True
+                    found.append(prune(near, self._rank, self._stage.neighbours))
+        return prune(Near.concatenate(found), self._rank, self._stage.neighbours), overtaken & ~todo
+
+    def _parts(self, queries: Mask) -> Iterator[tuple[Rows, Rows]]:
+        stage, rows = self._stage, len(queries)
+        cells = stage.cells or default_cells(rows, int(queries.sum()), stage.probe)
+        if cells == 1:
+            return Flat(rows).parts(queries)
+        if cells not in self._cells:
+            self._cells[cells] = Assignment(self._vectors, cells, stage.probe)
+        return self._cells[cells].parts(queries)
+
+
+def _few_of_each(vectors: npt.NDArray[np.int16], rows: Rows, most: int) -> tuple[Rows, Rows]:
+    """Splits rows into the first `most` of each group of equal vectors, and the rest: more of them could not be stored,
+    and a placeholder image that many sites share would cost the square of its number."""
+    if len(rows) <= most:
+        return rows, rows[:0]
+    block = np.ascontiguousarray(vectors[rows])
+    _, group = np.unique(block.view(np.dtype((np.void, block.itemsize * block.shape[1]))), return_inverse=True)
+    group = group.ravel()
+    order = np.argsort(group, kind="stable")
+    position = np.empty(len(rows), dtype=np.int64)
+    position[order] = _positions(group[order])
+    return rows[position < most], rows[position >= most]
+
+
+def _positions(group: npt.NDArray[Any]) -> Rows:
+    """The position of each element within its run of equal values."""
+    starts = np.flatnonzero(np.r_[True, np.diff(group) != 0]) if len(group) else np.empty(0, dtype=np.int64)
+    return np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
+
+
+def _order(near: Near, rank: Rows) -> Rows:
+    """By query, then most similar first, then most senior first."""
+    return np.lexsort((rank[near.other], -near.similarity, near.query))
+
+
+def prune(near: Near, rank: Rows, most: int) -> Near:
+    """The edges worth storing: for each query the `most` most similar rows and `SENIORS` layers of the senior ones.
+
+    The first layer holds the rows to which no other is both as similar and more senior; the next layer is the same
+    without the first. So for any similarity t, the `SENIORS` most senior rows at t or above are in some layer. What is
+    pruned in parts and pruned again together is the same as pruned once.
+    """
+    near = near.where(_order(near, rank))
+    keep = _positions(near.query) < most
+    if keep.all():
+        return near
+    # Subtracting a large step for each query makes one running minimum serve all queries.
+    key = rank[near.other] - (np.cumsum(np.r_[0, np.diff(near.query) != 0])) * (int(rank.max()) + 1)
+    left = np.arange(len(near))
+    for _ in range(SENIORS):
+        lowest = np.minimum.accumulate(key[left])
+        layer = np.r_[True, key[left][1:] < lowest[:-1]][: len(left)]
+        keep[left[layer]] = True
+        left = left[~layer]
+    return near.where(keep)
+
+
+def _lists(uids: pa.ChunkedArray, todo: Rows, rows: Rows, edges: Near, block: int = 262_144) -> pa.Table:
+    """The edges as lists, one for each row of `todo`; null for rows without a vector."""
+    schema = pa.schema([fields.NEIGHBOURS])
+    sizes = np.bincount(rows[edges.query], minlength=len(uids))[todo] if len(uids) else np.empty(0, dtype=np.int64)
+    ends = np.cumsum(np.r_[0, sizes])
+    missing = ~np.isin(todo, rows)
+    parts = []
+    for i in range(0, len(todo), block):
+        j = min(i + block, len(todo))
+        other = uids.take(pa.array(rows[edges.other[ends[i] : ends[j]]])).combine_chunks()
+        pairs = pa.StructArray.from_arrays(
+            [other, pa.array(edges.similarity[ends[i] : ends[j]])], fields=list(fields.NEIGHBOURS.type.value_type)
+        )
+        offsets = pa.array((ends[i : j + 1] - ends[i]).astype(np.int32))
+        lists = pa.ListArray.from_arrays(offsets, pairs, type=fields.NEIGHBOURS.type, mask=pa.array(missing[i:j]))
+        parts.append(pa.table([lists], schema=schema))
+    return pa.concat_tables(parts) if parts else schema.empty_table()
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SemanticDuplicates(GlobalVerdict):
+    """Drops a pair when a more senior pair that itself stays lies within `threshold`.
+
+    Rows are judged in the order of seniority, so the outcome depends neither on the order of the rows nor on how edges
+    were found, and rows of a later refresh change nothing for earlier ones. An edge counts from whichever side it was
+    stored; edges to rows that are no longer live do not count. ``duplicate_of`` is the most similar of the senior pairs
+    that stay (the more senior of equals); ``cluster`` is its uid for the pair itself and for all its duplicates.
+    """
+
+    name: ClassVar[str] = "semantic"
+    threshold: float = 0.95
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The stored edges, and the score that decides who is senior."""
+        return (fields.NEIGHBOURS.name, fields.CLIP_SCORE.name)
+
+    def judge(self, live: pa.Table) -> Judgement:
+        """Judge all live rows."""
+        rank = seniority(live, fields.CLIP_SCORE.name)
+        edges = _stored(live.column("uid"), live.column(fields.NEIGHBOURS.name), self.threshold)
+        backwards = rank[edges.query] < rank[edges.other]
+        junior = np.where(backwards, edges.other, edges.query)
+        senior = np.where(backwards, edges.query, edges.other)
+        dropped = greedy_duplicates(rank, junior, senior)
+        counts = dropped[junior] & ~dropped[senior]
+        centres = Near(junior[counts], senior[counts], edges.similarity[counts])
+        centres = centres.where(_order(centres, rank))
+        return _judgement(live.column("uid"), centres.where(_positions(centres.query) == 0))
+
+
+def _stored(uids: pa.ChunkedArray, lists: pa.ChunkedArray, threshold: float) -> Near:
+    """The stored edges of at least `threshold` between live rows, by row."""
+    known = pc.cast(uids, pa.large_string()).combine_chunks()
+    parts, start = [], 0
+    for chunk in lists.chunks:
+        pairs = chunk.flatten()
+        near = np.asarray(pairs.field("similarity")) >= np.float32(threshold)
+        query = np.asarray(pc.list_parent_indices(chunk))[near] + start
+        names = pc.cast(pairs.field("uid").filter(pa.array(near)), pa.large_string())
+        other = np.asarray(pc.fill_null(pc.index_in(names, value_set=known), -1)).astype(np.int64)
+        there = other >= 0
+        parts.append(Near(query[there], other[there], np.asarray(pairs.field("similarity"))[near][there]))
+        start += len(chunk)
+    return Near.concatenate(parts)
+
+
+def greedy_duplicates(rank: Rows, junior: Rows, senior: Rows) -> Mask:
+    """Which rows are duplicates when rows are taken in the order of `rank` and each stays unless a row that stays is
+    joined to it by an edge.
+
+    All rows whose fate is settled are settled at once, which takes few rounds (Blelloch, Fineman and Shun, "Greedy
+    sequential maximal independent set and matching are parallel on average", SPAA 2012).
+    """
+    open_rows = np.ones(len(rank), dtype=bool)
+    dropped = np.zeros(len(rank), dtype=bool)
+    while len(junior):
+        waiting = np.zeros(len(rank), dtype=bool)
+        waiting[junior] = True
+        stays = open_rows & ~waiting
+        dropped[junior[stays[senior]]] = True
+        open_rows &= ~stays & ~dropped
+        left = open_rows[junior] & open_rows[senior]
+        junior, senior = junior[left], senior[left]
+    return dropped
+
+
+def _judgement(uids: pa.ChunkedArray, best: Near) -> Judgement:
+    """One edge from each duplicate to what it duplicates, as a judgement of all rows."""
+    rows = len(uids)
+    dropped = np.zeros(rows, dtype=bool)
+    dropped[best.query] = True
+    centre = np.arange(rows)
+    centre[best.query] = best.other
+    grouped = dropped.copy()
+    grouped[best.other] = True
+    detail = np.full(rows, None, dtype=object)
+    detail[best.query] = [f"cosine {similarity:.4f}" for similarity in best.similarity]
+    return Judgement(
+        reason=pa.array(np.where(dropped, Reason.DUPLICATE_SEMANTIC.value, ""), pa.string(), mask=~dropped),
+        detail=pa.array(detail, pa.string()),
+        duplicate_of=uids.take(pa.array(centre, mask=~dropped)).combine_chunks(),
+        cluster=uids.take(pa.array(centre, mask=~grouped)).combine_chunks(),
+    )
