@@ -78,9 +78,7 @@ def _new_rows(
         reporter.note(f"reading {source.path}")
         for rows in read(source):
             uids, keep = [], []
-            for url, text, reason in zip(
-                *(rows.column(c).to_pylist() for c in ("url", "text", "reason")), strict=True
-            ):
+            for url, text, reason in zip(*(rows.column(c).to_pylist() for c in ("url", "text", "reason")), strict=True):
                 uid = pair_uid(url, text)
                 key = bytes.fromhex(uid)
                 new = key not in known and key not in seen

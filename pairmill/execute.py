@@ -390,9 +390,7 @@ class Worker:
             errors={**unit.errors, **walk.errors},
         )
 
-    def _adopt(
-        self, table: str, shard: int, live: str, files: dict[str, list[DataFile]]
-    ) -> tuple[list[DataFile], str]:
+    def _adopt(self, table: str, shard: int, live: str, files: dict[str, list[DataFile]]) -> tuple[list[DataFile], str]:
         """Files that an interrupted run finished for this very work but did not commit, and a name for the next one.
 
         A name says what the work is: who is live and what the table holds already. So the same work has the same name

@@ -38,7 +38,18 @@ from schemas.snapshot import SnapshotRecord
 COMMIT_EVERY_S = 2.0
 """Finished shards are committed together after so many seconds: a commit costs about 10 ms a table."""
 
-SOFTWARE = ("pairmill", "torch", "open_clip_torch", "faiss-cpu", "faiss-gpu", "pyarrow", "deltalake", "ray", "numpy", "pillow")
+SOFTWARE = (
+    "pairmill",
+    "torch",
+    "open_clip_torch",
+    "faiss-cpu",
+    "faiss-gpu",
+    "pyarrow",
+    "deltalake",
+    "ray",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,9 @@ def load_recipe(config: RunConfig) -> Recipe:
         raise ConfigError(f"recipe: the module {target!r} has no function {function or 'recipe'!r}") from error
     recipe = build(config)
     if not isinstance(recipe, Recipe):
-        raise PlanError(f"recipe {config.recipe!r} returned {type(recipe).__name__}; it must return pairmill.plan.Recipe")
+        raise PlanError(
+            f"recipe {config.recipe!r} returned {type(recipe).__name__}; it must return pairmill.plan.Recipe"
+        )
     return recipe
 
 
@@ -210,7 +223,9 @@ def plan(config: RunConfig, reporter: Reporter) -> PlanReport:
 def _why(done: int, lacking: int, new: int) -> str:
     parts = []
     if lacking:
-        parts.append(f"{lacking} live rows lack it" if done else f"{lacking} live rows, nothing stored for this version")
+        parts.append(
+            f"{lacking} live rows lack it" if done else f"{lacking} live rows, nothing stored for this version"
+        )
     if new:
         parts.append(f"up to {new} new rows")
     return "; ".join(parts) or "up to date"

@@ -206,7 +206,9 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise ContractError(f"a stage parameter of type {type(value).__name__} has no identity; give it an identity() method")
+    raise ContractError(
+        f"a stage parameter of type {type(value).__name__} has no identity; give it an identity() method"
+    )
 
 
 @dataclass
@@ -265,7 +267,9 @@ def apply(stage: Stage, kernel: Kernel, batch: Batch, budget: ErrorBudget) -> pa
     else:
         return _checked(stage, batch, output)
     half = len(batch) // 2
-    parts = [apply(stage, kernel, part, budget) for part in (batch.slice(0, half), batch.slice(half, len(batch) - half))]
+    parts = [
+        apply(stage, kernel, part, budget) for part in (batch.slice(0, half), batch.slice(half, len(batch) - half))
+    ]
     return pa.concat_tables(parts)
 
 

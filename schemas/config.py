@@ -39,7 +39,9 @@ class UrlTable(Section):
     path: str = Field(description="file, glob or URL; several files are read in the order of their names")
     url: str = Field("url", description="column with the image URL")
     text: str | None = Field("text", description="column with the alt text; null when there is none")
-    format: Literal["auto", "parquet", "csv", "tsv", "json", "jsonl"] = Field("auto", description="by the file's ending")
+    format: Literal["auto", "parquet", "csv", "tsv", "json", "jsonl"] = Field(
+        "auto", description="by the file's ending"
+    )
 
 
 class ImageFolder(Section):
@@ -47,7 +49,9 @@ class ImageFolder(Section):
 
     kind: Literal["image_folder"] = "image_folder"
     path: str
-    captions: str | None = Field(None, description="COCO captions JSON; null: key.txt beside each image, if there is one")
+    captions: str | None = Field(
+        None, description="COCO captions JSON; null: key.txt beside each image, if there is one"
+    )
     instances: str | None = Field(None, description="COCO instances JSON; its boxes become the column boxes")
 
 
@@ -96,7 +100,9 @@ class Download(Section):
     timeout_s: float = Field(10, gt=0, description="total deadline of one attempt: connect, headers and body")
     retries: int = Field(2, ge=0, description="further attempts within one run, after errors that may pass")
     max_bytes: Quantity = Field(32_000_000, description="larger files are refused")
-    max_pixels: Quantity = Field(80_000_000, description="larger images are refused, from their header, before decoding")
+    max_pixels: Quantity = Field(
+        80_000_000, description="larger images are refused, from their header, before decoding"
+    )
     max_redirects: int = Field(5, ge=0)
     resize: Resize = Resize()
     robots: bool = Field(True, description="honour robots.txt and opt-out headers")
@@ -136,7 +142,9 @@ class Models(Section):
     clip: ModelChoice = ModelChoice(name="tiny")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model's arithmetic")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch: int = Field(32, gt=0, description="rows a forward pass; always padded to this, so results never depend on it")
+    batch: int = Field(
+        32, gt=0, description="rows a forward pass; always padded to this, so results never depend on it"
+    )
 
 
 # -- keep -------------------------------------------------------------------------------------------------------------
@@ -172,8 +180,12 @@ class Dedup(Section):
     """Which duplicates are dropped; null or false switches a kind off."""
 
     exact: bool = Field(True, description="same bytes, or same decoded pixels")
-    semantic: float | None = Field(0.95, gt=0, le=1, description="cosine of CLIP image embeddings from which two are one")
-    floor: float = Field(0.80, gt=0, le=1, description="neighbours above this cosine are stored, so `semantic` can move")
+    semantic: float | None = Field(
+        0.95, gt=0, le=1, description="cosine of CLIP image embeddings from which two are one"
+    )
+    floor: float = Field(
+        0.80, gt=0, le=1, description="neighbours above this cosine are stored, so `semantic` can move"
+    )
     neighbours: int = Field(32, gt=0, description="neighbours stored for a row")
     cells: int | None = Field(None, gt=0, description="k-means cells; null: by size, 1 below 20,000 rows")
     probe: int = Field(4, gt=0, description="cells searched for a row: its own and the next nearest ones")
@@ -186,7 +198,9 @@ class Engine(Section):
     """Where the stages run."""
 
     kind: Literal["local", "ray"] = "ray"
-    address: str | None = Field("auto", description="Ray: a cluster's address; auto: RAY_ADDRESS, a running one, or a new one")
+    address: str | None = Field(
+        "auto", description="Ray: a cluster's address; auto: RAY_ADDRESS, a running one, or a new one"
+    )
     workers: int | None = Field(None, gt=0, description="local: processes (default 1); ray: model workers at most")
 
 
@@ -222,4 +236,3 @@ class RunConfig(Section):
         if isinstance(value, dict) and isinstance(value.get("source"), dict):
             return {**value, "source": [value["source"]]}
         return value
-

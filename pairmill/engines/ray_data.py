@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from schemas.config import Engine as EngineConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    from ray.data import Dataset
 
 LOCAL_ADDRESS = "127.0.0.2"
 """Keeps a cluster of our own on loopback; Ray rewrites 127.0.0.1 to the host's address, but not this one."""
@@ -150,7 +152,7 @@ class RayEngine:
     def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         """See `pairmill.engines.Engine.run`."""
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import DataContext
 
         context = DataContext.get_current()
         context.enable_progress_bars = False
@@ -158,22 +160,11 @@ class RayEngine:
         items = [{"unit": unit.dumps()} for unit in units]
         stream = ray.data.from_items(items, override_num_blocks=len(items))
         pools = size_pools(job, ray.cluster_resources(), self._config.workers)
-        for index, pool in enumerate(pools):
-            common: dict[str, Any] = {"batch_size": 1, "num_cpus": pool.cpus, "zero_copy_batch": True}
-            if pool.gpus:
-                common["num_gpus"] = pool.gpus
-            if pool.workers:
-                stream = stream.map_batches(
-                    _GroupActor,
-                    fn_constructor_args=(job, index),
-                    compute=ActorPoolStrategy(min_size=1, max_size=pool.workers),
-                    ray_remote_args_fn=_actor_retries,
-                    **common,
-                )
-            else:
-                stream = stream.map_batches(
-                    _run_task, fn_kwargs={"job": job, "group": index}, ray_remote_args_fn=_task_retries, **common
-                )
+        with warnings.catch_warnings():
+            # Bounded retries can be said in no other way in Ray 2.60; its default is to retry without end.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+            for index, pool in enumerate(pools):
+                stream = _add_group(stream, job, index, pool)
         try:
             for batch in stream.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
                 for text in batch["unit"]:
@@ -185,12 +176,23 @@ class RayEngine:
             ) from error
 
 
-def _actor_retries() -> dict[str, Any]:
-    return {"max_restarts": WORKER_RETRIES, "max_task_retries": WORKER_RETRIES}  # Ray's default is without end
+def _add_group(stream: Dataset, job: Job, index: int, pool: Pool) -> Dataset:
+    """One more group on the stream: an actor pool for groups with models, tasks for the others."""
+    from ray.data import ActorPoolStrategy
 
-
-def _task_retries() -> dict[str, Any]:
-    return {"max_retries": WORKER_RETRIES}
+    common: dict[str, Any] = {"batch_size": 1, "num_cpus": pool.cpus, "batch_format": "numpy"}
+    if pool.gpus:
+        common["num_gpus"] = pool.gpus
+    if pool.workers:
+        return stream.map_batches(
+            _GroupActor,
+            fn_constructor_args=(job, index),
+            compute=ActorPoolStrategy(min_size=1, max_size=pool.workers),
+            max_restarts=WORKER_RETRIES,
+            max_task_retries=WORKER_RETRIES,
+            **common,
+        )
+    return stream.map_batches(_run_task, fn_kwargs={"job": job, "group": index}, max_retries=WORKER_RETRIES, **common)
 
 
 class _GroupActor:
