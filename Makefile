@@ -5,7 +5,7 @@ OUT ?= demo
 
 supported := 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
 bin := .venv/bin
-install := $(bin)/python -m pip install --quiet --disable-pip-version-check
+install := $(bin)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench train-tiny-clip clean

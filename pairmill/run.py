@@ -1,10 +1,9 @@
-"""A refresh: admit new pairs, bring every stage up to date, publish a snapshot. And the plan that says it beforehand."""
+"""A refresh: admit new pairs, bring every stage up to date, publish a snapshot. And the plan that says it before."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -13,15 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
-from pydantic import ValidationError
 
+from pairmill import config_file
 from pairmill.admission import Admission, admit
 from pairmill.engines import open_engine, raise_failure
 from pairmill.errors import ConfigError, ContractError, PlanError
@@ -86,75 +84,13 @@ class PlanReport:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config from YAML and apply ``key.sub=value`` overrides (values are YAML too).
-
-    Raises:
-        ConfigError: no such file, broken YAML, or keys and values that the config does not know; names each of them.
-    """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}; give the path of a YAML file") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold keys and values, such as `dataset: out/my-dataset`")
-    for override in overrides:
-        _override(data, override)
-    return parse_config(data, path)
+    """Read a config from YAML and apply ``key.sub=value`` overrides; see `pairmill.config_file.read_config`."""
+    return config_file.read_config(RunConfig, path, overrides)
 
 
 def parse_config(data: dict[str, Any], where: str = "config") -> RunConfig:
-    """Validate a config given as a dictionary.
-
-    Raises:
-        ConfigError: one line for each wrong key.
-    """
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        lines = [_explain(item, data) for item in error.errors()]
-        raise ConfigError("\n".join([f"{where} is wrong:", *(f"  {line}" for line in lines)])) from error
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {override!r}: write it as key=value, such as --set keep.min_side=100")
-    *parents, last = key.strip().split(".")
-    place: Any = data
-    for parent in parents:
-        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is not a section of the config")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
-
-
-def _explain(item: Any, data: Any) -> str:
-    """One validation error as one line: which key, what was expected, what was given."""
-    place = [str(p) for p in item["loc"]]
-    key = ".".join(place)
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], _keys_beside(place[:-1]), n=1)
-        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if item["type"] == "missing":
-        return f"{key}: missing"
-    given = item.get("input")
-    shown = "" if isinstance(given, dict) else f" (given: {given!r:.80})"
-    return f"{key}: {item['msg']}{shown}"
-
-
-def _keys_beside(place: list[str]) -> list[str]:
-    model: Any = RunConfig
-    for name in place:
-        model = getattr(model, "model_fields", {}).get(name)
-        model = getattr(model, "annotation", None)
-    return [f.alias or n for n, f in getattr(model, "model_fields", {}).items()]
+    """Validate a config given as a dictionary; see `pairmill.config_file.parse_config`."""
+    return config_file.parse_config(RunConfig, data, where)
 
 
 def load_recipe(config: RunConfig) -> Recipe:
