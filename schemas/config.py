@@ -28,6 +28,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
+    def identity(self) -> dict[str, Any]:
+        """What a stage's fingerprint sees of a section that is one of its parameters."""
+        return self.model_dump(mode="json")
+
 
 # -- sources ----------------------------------------------------------------------------------------------------------
 

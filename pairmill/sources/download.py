@@ -1,0 +1,258 @@
+"""The download stage: from a URL, or a local source's locator, to a stored image."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import threading
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pairmill import imaging
+from pairmill.imaging import ImagingError, StoredImage
+from pairmill.sources import locator as locators
+from pairmill.sources.fetch import Fetched, Fetcher, Policy
+from pairmill.sources.locator import Loader, LocatorError
+from pairmill.stage import Batch, Kernel, Resources, Stage
+from schemas import config, fields
+from schemas.reasons import Reason
+
+Result = TypeVar("Result")
+
+
+def _setting(default: Any) -> Any:
+    """A parameter that changes how images are fetched, not what comes of them."""
+    return field(default=default, metadata={"identity": False})
+
+
+@dataclass(frozen=True)
+class Download(Stage):
+    """Fetches, decodes, resizes and encodes the images of a batch; rows with a locator are read from local files.
+
+    One call takes a whole shard, so that a slow host delays its own URLs only. A URL that occurs several times in a batch is
+    fetched once. ``robots`` covers opt-out headers (``X-Robots-Tag``, ``tdm-reservation``).
+    """
+
+    name = "images"
+    version = 1
+
+    resize: config.Resize = config.Resize()
+    max_pixels: int = 80_000_000
+    max_bytes: int = 32_000_000
+    concurrency: int = _setting(256)
+    per_host: int = _setting(8)
+    timeout_s: float = _setting(10.0)
+    retries: int = _setting(2)
+    max_redirects: int = _setting(5)
+    robots: bool = _setting(True)
+    allow_private_addresses: bool = _setting(False)
+    user_agent: str = _setting("pairmill/0.1")
+    resources: Resources = _setting(Resources(cpus=0.5, rows=1000))
+
+    @classmethod
+    def from_config(cls, download: config.Download) -> Download:
+        """The stage that a config asks for."""
+        return cls(
+            resize=download.resize,
+            max_pixels=download.max_pixels,
+            max_bytes=download.max_bytes,
+            concurrency=download.concurrency,
+            per_host=download.per_host,
+            timeout_s=download.timeout_s,
+            retries=download.retries,
+            max_redirects=download.max_redirects,
+            robots=download.robots,
+            allow_private_addresses=download.allow_private_addresses,
+            user_agent=download.user_agent,
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The URL, or where a local source has the bytes."""
+        return fields.URL.name, fields.LOCATOR.name
+
+    @property
+    def writes(self) -> tuple[pa.Field, ...]:
+        """`schemas.fields.IMAGES`."""
+        return fields.IMAGES
+
+    def open(self) -> Kernel:
+        """One TLS context a worker (making one costs more than fetching an image); sessions live as long as a call."""
+        tls = ssl.create_default_context()
+        policy = Policy(
+            concurrency=self.concurrency,
+            per_host=self.per_host,
+            timeout_s=self.timeout_s,
+            retries=self.retries,
+            max_bytes=self.max_bytes,
+            max_redirects=self.max_redirects,
+            robots=self.robots,
+            allow_private_addresses=self.allow_private_addresses,
+            user_agent=self.user_agent,
+        )
+
+        def kernel(batch: Batch) -> pa.Table:
+            urls, places = batch.pylist("url"), batch.pylist("locator")
+            outcomes: list[Outcome | None] = [None] * len(urls)
+            with ThreadPoolExecutor(_decoders(), thread_name_prefix="pairmill-decode") as pool:
+                for index, outcome in self.load_local(places, pool):
+                    outcomes[index] = outcome
+                rows = _rows_by_url(urls, places)
+                fetched = in_own_loop(lambda: _fetch_all(list(rows), policy, tls, self.store, pool)) if rows else {}
+            for url, indices in rows.items():
+                for index in indices:
+                    outcomes[index] = fetched[url]
+            return to_table(
+                [o or Outcome(Fetched(reason=Reason.EMPTY_URL, detail="the URL is empty")) for o in outcomes]
+            )
+
+        return kernel
+
+    def load_local(self, places: Sequence[str | None], pool: ThreadPoolExecutor) -> Iterator[tuple[int, Outcome]]:
+        """The outcomes of the rows that have a locator, with their positions: read in order, decoded in the pool."""
+        yield from load_local(places, self.max_bytes, self.store, pool)
+
+    def store(self, fetched: Fetched) -> Outcome:
+        """Decode, resize and encode what was fetched; never raises for what a file may hold."""
+        return store(fetched, self.resize, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: how it was fetched and, when all went well, its image."""
+
+    fetched: Fetched
+    stored: StoredImage | None = None
+
+
+def store(fetched: Fetched, resize: config.Resize, max_pixels: int) -> Outcome:
+    """The outcome of a fetched file; what is wrong with it becomes the row's reason."""
+    if fetched.data is None:
+        return Outcome(fetched)
+    try:
+        return Outcome(_without_data(fetched), imaging.store(fetched.data, resize, max_pixels))
+    except ImagingError as error:
+        return Outcome(_without_data(fetched, error.reason, error.detail))
+    except MemoryError:
+        return Outcome(_without_data(fetched, Reason.ERROR_MEMORY, "out of memory while decoding"))
+
+
+def _without_data(fetched: Fetched, reason: Reason | None = None, detail: str | None = None) -> Fetched:
+    return Fetched(None, reason, detail, fetched.status, fetched.final_url, fetched.etag, fetched.last_modified)
+
+
+def load_local(
+    places: Sequence[str | None], max_bytes: int, store: Callable[[Fetched], Outcome], pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, Outcome]]:
+    """The outcomes of the rows that have a locator, with their positions: each file is read once, forwards."""
+    here = [i for i, place in enumerate(places) if place is not None]
+    order = [here[i] for i in locators.order([places[i] or "" for i in here])]
+    pending: deque[tuple[int, Future[Outcome]]] = deque()
+    with Loader(max_bytes) as loader:
+        for index in order:
+            try:
+                fetched = Fetched(loader.load(places[index] or ""))
+            except LocatorError as error:
+                fetched = Fetched(reason=error.reason, detail=error.detail)
+            pending.append((index, pool.submit(store, fetched)))
+            if len(pending) > 4 * _decoders():  # so that few files are in memory at a time
+                done, future = pending.popleft()
+                yield done, future.result()
+    for done, future in pending:
+        yield done, future.result()
+
+
+def _decoders() -> int:
+    """Decoding threads a call; Pillow lets go of the interpreter while it works."""
+    return min(4, os.cpu_count() or 1)
+
+
+def _rows_by_url(urls: Sequence[str | None], places: Sequence[str | None]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for index, (url, place) in enumerate(zip(urls, places, strict=True)):
+        if place is None and url:
+            rows[url].append(index)
+    return rows
+
+
+async def _fetch_all(
+    urls: Sequence[str],
+    policy: Policy,
+    tls: ssl.SSLContext,
+    store: Callable[[Fetched], Outcome],
+    pool: ThreadPoolExecutor,
+) -> dict[str, Outcome]:
+    loop = asyncio.get_running_loop()
+
+    async def use(fetched: Fetched) -> Outcome:
+        if fetched.data is None:
+            return Outcome(fetched)
+        return await loop.run_in_executor(pool, store, fetched)
+
+    async def one(fetcher: Fetcher, url: str) -> Outcome:
+        try:
+            return await fetcher.fetch(url, use)
+        except Exception as error:  # one strange answer must not cost the other rows their fetched images
+            return Outcome(Fetched(reason=Reason.ERROR_KERNEL, detail=f"{type(error).__name__}: {error}"[:300]))
+
+    async with Fetcher(policy, tls) as fetcher:
+        return dict(zip(urls, await asyncio.gather(*(one(fetcher, url) for url in urls)), strict=True))
+
+
+def in_own_loop(work: Callable[[], Awaitable[Result]]) -> Result:
+    """Run a coroutine in an event loop of its own thread: the caller's may be running one (notebooks, Ray's async actors).
+    Ctrl-C in the caller cancels it."""
+    outcome: Future[Result] = Future()
+    started = threading.Event()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def run() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        started.set()
+        return await work()
+
+    def target() -> None:
+        try:
+            outcome.set_result(asyncio.run(run()))
+        except BaseException as error:  # handed to the caller, whatever it is
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=target, name="pairmill-fetch", daemon=True)
+    thread.start()
+    try:
+        return outcome.result()
+    except BaseException:
+        if not outcome.done():
+            started.wait()
+            loop, task = running[0]
+            loop.call_soon_threadsafe(task.cancel)
+        raise
+    finally:
+        thread.join()
+
+
+def to_table(outcomes: Sequence[Outcome]) -> pa.Table:
+    """Outcomes as columns: `schemas.fields.IMAGES`, reason and detail."""
+
+    def of_image(name: str, kind: pa.DataType) -> pa.Array:
+        return pa.array([getattr(o.stored, name) if o.stored else None for o in outcomes], kind)
+
+    columns: dict[str, Any] = {}
+    for column in fields.IMAGES[: fields.IMAGES.index(fields.HTTP_STATUS)]:
+        columns[column.name] = of_image(column.name, column.type)
+    fetched = [o.fetched for o in outcomes]
+    columns["http_status"] = pa.array([f.status for f in fetched], fields.HTTP_STATUS.type)
+    columns["final_url"] = pa.array([f.final_url for f in fetched], fields.FINAL_URL.type)
+    columns["etag"] = pa.array([f.etag for f in fetched], fields.ETAG.type)
+    columns["last_modified"] = pa.array([f.last_modified for f in fetched], fields.LAST_MODIFIED.type)
+    columns["reason"] = pa.array([f.reason.value if f.reason else None for f in fetched], fields.REASON.type)
+    columns["detail"] = pa.array([f.detail for f in fetched], fields.DETAIL.type)
+    return pa.table(columns)

@@ -1,0 +1,419 @@
+"""Fetch one URL from the open web: deadlines, caps, redirects and addresses checked, opt-outs honoured."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import hashlib
+import ipaddress
+import socket
+import ssl
+import time
+import zlib
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pairmill import imaging
+from pairmill.sources import addresses
+from pairmill.sources.addresses import Address, AddressRefused
+from schemas.reasons import DEFERRED, Reason
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_BACKOFF_S = 0.5
+_MAX_WAIT_S = 10.0
+"""The longest wait before another attempt within one run; a server that asks for more is tried by a later refresh."""
+_LARGE = 2 * 2**20
+_LARGE_BUDGET = 512 * 2**20
+"""Bodies above `_LARGE` bytes may hold this many bytes together, so that 256 connections cannot fill the memory."""
+_KEEP_ALIVE_S = 3.0
+_DNS_THREADS = 32
+_HEAD = 1024
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How to fetch; the meaning of each is in `schemas.config.Download`."""
+
+    concurrency: int
+    per_host: int
+    timeout_s: float
+    retries: int
+    max_bytes: int
+    max_redirects: int
+    robots: bool
+    allow_private_addresses: bool
+    user_agent: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What became of a URL. `data` are the image's bytes, or None when there is a reason."""
+
+    data: bytes | None = None
+    reason: Reason | None = None
+    detail: str | None = None
+    status: int | None = None
+    final_url: str | None = None
+    etag: str | None = None
+    last_modified: str | None = None
+
+
+class _Failed(Exception):
+    """One attempt failed."""
+
+    def __init__(
+        self,
+        reason: Reason,
+        detail: str,
+        status: int | None = None,
+        *,
+        may_pass: bool | None = None,
+        wait_s: float | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.outcome = Fetched(reason=reason, detail=detail[:300], status=status)
+        self.may_pass = reason in DEFERRED if may_pass is None else may_pass
+        self.wait_s = wait_s
+
+
+class Fetcher:
+    """Fetches many URLs in one event loop. Use it with ``async with``."""
+
+    def __init__(self, policy: Policy, ssl_context: ssl.SSLContext) -> None:
+        self._policy = policy
+        self._ssl = ssl_context
+        self._slots = asyncio.Semaphore(policy.concurrency)
+        self._large = asyncio.Semaphore(max(2, _LARGE_BUDGET // policy.max_bytes))
+        self._hosts: dict[str, asyncio.Semaphore] = {}
+        self._names: _Names
+        self._session: aiohttp.ClientSession
+
+    async def __aenter__(self) -> Fetcher:
+        import aiohttp
+
+        self._names = _Names(self._policy.allow_private_addresses)
+        connector = aiohttp.TCPConnector(
+            limit=0,  # the semaphores limit; waiting for the connector would count against the deadline
+            ssl=self._ssl,
+            resolver=_resolver(self._names),
+            use_dns_cache=False,
+            keepalive_timeout=_KEEP_ALIVE_S,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            auto_decompress=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            headers={"User-Agent": self._policy.user_agent, "Accept": "image/*", "Accept-Encoding": "identity"},
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._session.close()
+        self._names.close()
+
+    async def fetch(self, url: str, use: Callable[[Fetched], Awaitable[Result]]) -> Result:
+        """Fetch a URL and hand the outcome to `use`. While `use` runs on a body the URL's slot stays taken, so no more
+        bodies are in memory than there are slots, however slow the decoding."""
+        try:
+            address = addresses.parse(url, self._policy.allow_private_addresses)
+        except AddressRefused as refused:
+            return await use(Fetched(reason=refused.reason, detail=refused.detail))
+        for attempt in range(self._policy.retries + 1):
+            async with AsyncExitStack() as hold:
+                try:
+                    return await use(await self._attempt(address, hold))
+                except _Failed as failure:
+                    outcome = failure.outcome
+                    wait = failure.wait_s if failure.wait_s is not None else _backoff(address.url, attempt)
+                    last = not failure.may_pass or wait > _MAX_WAIT_S or attempt == self._policy.retries
+                if last:
+                    return await use(outcome)
+            await asyncio.sleep(wait)
+        raise AssertionError("the last attempt returns")
+
+    async def _attempt(self, start: Address, hold: AsyncExitStack) -> Fetched:
+        """Follow redirects to the image. The deadline covers all hops, but not the waiting for a turn."""
+        left = self._policy.timeout_s
+        seen: list[str] = []
+        address = start
+        while True:
+            seen.append(address.url)
+            # the host's turn first: URLs that wait for a slow host must not hold slots that others could use
+            async with self._host(address.host), AsyncExitStack() as turn:
+                await turn.enter_async_context(self._slots)
+                began = time.monotonic()
+                try:
+                    step = await asyncio.wait_for(self._get(address, turn), left)
+                except asyncio.TimeoutError:
+                    detail = f"no whole answer within {self._policy.timeout_s:g} s"
+                    raise _Failed(Reason.HTTP_TIMEOUT, detail) from None
+                left -= time.monotonic() - began
+                if isinstance(step, Fetched):
+                    hold.push_async_exit(turn.pop_all())
+                    final = address.url if len(seen) > 1 else None
+                    return Fetched(step.data, None, None, step.status, final, step.etag, step.last_modified)
+            if step.url in seen or len(seen) > self._policy.max_redirects:
+                detail = f"{len(seen)} redirects, the last to {addresses.without_secrets(step.url)}"
+                raise _Failed(Reason.HTTP_REDIRECT_LOOP, detail)
+            address = step
+
+    def _host(self, host: str) -> asyncio.Semaphore:
+        if host not in self._hosts:
+            self._hosts[host] = asyncio.Semaphore(self._policy.per_host)
+        return self._hosts[host]
+
+    async def _get(self, address: Address, turn: AsyncExitStack) -> Fetched | Address:
+        """One request: the image, or the address of a redirect."""
+        import aiohttp
+        from yarl import URL
+
+        try:
+            await self._names.resolve(address.host)
+            async with self._session.get(URL(address.url, encoded=True), allow_redirects=False) as response:
+                return await self._read(address, response, turn)
+        except AddressRefused as refused:
+            raise _Failed(refused.reason, refused.detail) from refused
+        except aiohttp.ClientPayloadError as error:
+            # a false length or broken chunks; may be a broken connection too, so it is tried again, but never deferred
+            raise _Failed(Reason.HTTP_PROTOCOL, f"the body ended wrongly: {_words(error)}", may_pass=True) from error
+        except (aiohttp.ClientSSLError, ssl.SSLError) as error:
+            raise _Failed(Reason.HTTP_TLS, _words(error)) from error
+        except (aiohttp.ClientResponseError, aiohttp.InvalidURL) as error:
+            raise _Failed(Reason.HTTP_PROTOCOL, f"not HTTP: {_words(error)}") from error
+        except socket.gaierror as error:
+            again = error.errno == socket.EAI_AGAIN
+            raise _Failed(Reason.HTTP_DNS, f"{address.host}: {_words(error)}", may_pass=again) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Failed(Reason.HTTP_CONNECTION, _words(error)) from error
+        except (ValueError, AttributeError, AssertionError) as error:
+            # aiohttp on answers that no parser expects
+            raise _Failed(Reason.HTTP_PROTOCOL, f"{type(error).__name__}: {_words(error)}") from error
+
+    async def _read(
+        self, address: Address, response: aiohttp.ClientResponse, turn: AsyncExitStack
+    ) -> Fetched | Address:
+        status = response.status
+        if self._policy.robots and (said := opted_out(response.headers, self._policy.user_agent)):
+            raise _Failed(Reason.HTTP_OPT_OUT, said, status)
+        if status in (301, 302, 303, 307, 308):
+            if not (location := response.headers.get("Location")):
+                raise _Failed(Reason.HTTP_PROTOCOL, f"HTTP {status} without a Location", status)
+            try:
+                return addresses.redirect(address, location, self._policy.allow_private_addresses)
+            except AddressRefused as refused:
+                raise _Failed(refused.reason, refused.detail, status) from refused
+        if not 200 <= status < 300:
+            raise _status_failure(status, response)
+        try:
+            data = await self._body(response, turn)
+        except _Failed as failure:
+            raise _Failed(
+                failure.outcome.reason or Reason.HTTP_PROTOCOL, str(failure), status, may_pass=False
+            ) from None
+        etag, modified = (_header(response.headers.get(name)) for name in ("ETag", "Last-Modified"))
+        return Fetched(data, status=status, etag=etag, last_modified=modified)
+
+    async def _body(self, response: aiohttp.ClientResponse, turn: AsyncExitStack) -> bytes:
+        """The image's bytes: capped while they stream in, whatever Content-Length says."""
+        cap = self._policy.max_bytes
+        declared = response.headers.get("Content-Length", "")
+        if declared.isdigit() and int(declared) > cap:
+            raise _Failed(
+                Reason.HTTP_TOO_LARGE, f"Content-Length says {int(declared)} bytes; at most {cap} are allowed"
+            )
+        encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        body = bytearray()
+        large = looked = False
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > cap:
+                raise _Failed(Reason.HTTP_TOO_LARGE, f"more than {cap} bytes")
+            if not looked and len(body) >= _HEAD:
+                looked = True
+                if encoding == "identity":
+                    _check_image(body[:_HEAD], kind)  # no need to read on through a long web page
+            if not large and len(body) > _LARGE:
+                large = True
+                await turn.enter_async_context(self._large)
+        data = bytes(body)
+        if encoding != "identity" and imaging.sniff(data[:32]) is None:
+            data = decompress(data, encoding, cap)
+        if not data:
+            raise _Failed(Reason.HTTP_EMPTY, f"HTTP {response.status} with no bytes")
+        _check_image(data[:_HEAD], kind)
+        return data
+
+
+def _backoff(url: str, attempt: int) -> float:
+    """0.5 s, doubled each time, plus up to as much again, drawn from the URL so that hosts are not hit in step."""
+    spread = hashlib.sha256(url.encode()).digest()[0] / 255
+    return _BACKOFF_S * 2**attempt * (1 + spread)
+
+
+def _words(error: BaseException) -> str:
+    return addresses._CONTROL.sub(" ", str(error) or type(error).__name__)[:200]
+
+
+def _header(value: str | None) -> str | None:
+    return value.encode("utf-8", "replace").decode()[:500] if value else None
+
+
+def _status_failure(status: int, response: Any) -> _Failed:
+    phrase = addresses._CONTROL.sub(" ", (response.reason or "").encode("ascii", "replace").decode())[:80]
+    detail = f"HTTP {status} {phrase}".strip()
+    if status in (404, 410):
+        return _Failed(Reason.HTTP_NOT_FOUND, detail, status)
+    if status in (429, 503):
+        reason = Reason.HTTP_TOO_MANY_REQUESTS if status == 429 else Reason.HTTP_SERVER_ERROR
+        after = response.headers.get("Retry-After")
+        wait = retry_after(after) if after else None
+        return _Failed(
+            reason, f"{detail}, Retry-After: {wait:g} s" if wait is not None else detail, status, wait_s=wait
+        )
+    if status == 408:
+        return _Failed(Reason.HTTP_TIMEOUT, detail, status)
+    if 400 <= status < 500:
+        return _Failed(Reason.HTTP_CLIENT_ERROR, detail, status)
+    if status >= 500:
+        return _Failed(Reason.HTTP_SERVER_ERROR, detail, status)
+    return _Failed(Reason.HTTP_PROTOCOL, f"{detail} is no answer to this request", status)
+
+
+def retry_after(value: str) -> float | None:
+    """Seconds to wait, from a Retry-After header: a number or an HTTP date; None when it is neither."""
+    text = value.strip()
+    if text.isascii() and text.isdigit():
+        return float(min(int(text[:9]), 10**8))
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+_NO_AI = frozenset({"noai", "noimageai", "noindex", "none", "noimageindex"})
+
+
+def opted_out(headers: Any, user_agent: str) -> str | None:
+    """How the headers forbid the use of the image, or None: ``X-Robots-Tag`` with noai, noimageai, noindex, noimageindex or
+    none, for all agents or for this one, or ``tdm-reservation: 1``."""
+    if headers.get("tdm-reservation", "").strip() == "1":
+        return "tdm-reservation: 1"
+    ours = {"*", "pairmill", user_agent.split("/")[0].split(" ")[0].strip().lower()}
+    for value in headers.getall("X-Robots-Tag", []):
+        agent = "*"
+        for part in value.lower().replace(";", ",").split(","):
+            name, colon, rest = part.partition(":")
+            if colon and name.strip() not in _WITH_VALUES:
+                agent, part = name.strip(), rest  # "somebot: noai, noindex": the name holds for what follows
+            if part.strip() in _NO_AI and agent in ours:
+                return f"X-Robots-Tag: {part.strip()}"
+    return None
+
+
+_WITH_VALUES = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+
+
+def decompress(data: bytes, encoding: str, cap: int) -> bytes:
+    """A body without its content encoding, at most `cap` bytes."""
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise _Failed(Reason.HTTP_PROTOCOL, f"the content encoding {encoding[:30]!r} was not asked for")
+    windows = (47,) if encoding != "deflate" else (15, -15)  # "deflate" is zlib by the standard, raw by habit
+    for window in windows:
+        stream = zlib.decompressobj(window)
+        try:
+            plain = stream.decompress(data, cap + 1)
+        except zlib.error:
+            continue
+        if len(plain) > cap:
+            raise _Failed(Reason.HTTP_TOO_LARGE, f"more than {cap} bytes when decompressed")
+        return plain
+    raise _Failed(Reason.HTTP_PROTOCOL, f"the body is not {encoding}, as its Content-Encoding says")
+
+
+def _check_image(head: bytes | bytearray, content_type: str) -> None:
+    """Raise unless the first bytes are those of an allowed format. The Content-Type decides nothing, it only names."""
+    start = bytes(head)
+    if imaging.sniff(start[:32]) is not None:
+        return
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"<svg" in text:
+        raise _Failed(Reason.IMAGE_FORMAT, "SVG is not allowed")
+    if content_type.startswith("image/") and not text.startswith((b"<", b"{")):
+        raise _Failed(Reason.IMAGE_FORMAT, f"{content_type[:60]}, begins with {start[:8].hex()}")
+    raise _Failed(Reason.HTTP_NOT_AN_IMAGE, f"not an image; Content-Type: {content_type[:60] or 'none'}")
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+class _Names:
+    """Resolves each host once and checks all its addresses; connections are made to what was checked (no DNS rebinding)."""
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._known: dict[str, asyncio.Task[list[str]]] = {}
+        self._threads = ThreadPoolExecutor(_DNS_THREADS, thread_name_prefix="pairmill-dns")
+
+    def close(self) -> None:
+        """Let lookups that still run end by themselves."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def resolve(self, host: str) -> list[str]:
+        """The host's IP addresses.
+
+        Raises:
+            AddressRefused: one of them is not on the public internet.
+            socket.gaierror: there is no such host.
+        """
+        task = self._known.get(host)
+        if task is None or (task.done() and not task.cancelled() and isinstance(task.exception(), socket.gaierror)):
+            task = self._known[host] = asyncio.ensure_future(self._look_up(host))
+        # shielded: the deadline of one URL must not end the lookup that others wait for
+        return await asyncio.shield(task)
+
+    async def _look_up(self, host: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        kind = socket.SOCK_STREAM
+        found = await loop.run_in_executor(self._threads, lambda: socket.getaddrinfo(host, None, type=kind))
+        ips = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not self._allow_private:
+            for ip in ips:
+                if not addresses.is_public(ipaddress.ip_address(ip)):
+                    detail = f"{host} resolves to {ip}, which is not on the public internet"
+                    raise AddressRefused(Reason.URL_PRIVATE_ADDRESS, detail)
+        return ips
+
+
+def _resolver(names: _Names) -> Any:
+    from aiohttp.abc import AbstractResolver, ResolveResult
+
+    class CheckedResolver(AbstractResolver):
+        """Gives aiohttp the addresses that were checked."""
+
+        async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[ResolveResult]:
+            return [
+                ResolveResult(
+                    hostname=host,
+                    host=ip,
+                    port=port,
+                    family=socket.AF_INET6 if ":" in ip else socket.AF_INET,
+                    proto=0,
+                    flags=socket.AI_NUMERICHOST,
+                )
+                for ip in await names.resolve(host)
+            ]
+
+        async def close(self) -> None:
+            """Nothing is open."""
+
+    return CheckedResolver()
