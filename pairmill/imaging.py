@@ -160,8 +160,8 @@ def _check_pixels(size: tuple[int, int] | None, max_pixels: int | None) -> None:
 
 
 def _declared_size(data: bytes, kind: str) -> tuple[int, int] | None:
-    """Width and height from the header without Pillow, whose WebP plugin allocates the canvas when it opens a file and whose
-    own cap is a global. None where only Pillow can tell (JPEG included: its plugin reads markers only)."""
+    """Width and height from the header without Pillow, whose WebP plugin allocates the canvas when it opens a file, and
+    whose own cap is a global. None where only Pillow can tell; its plugins for those read headers only."""
     try:
         if kind == "png":
             return struct.unpack_from(">II", data, 16)
@@ -220,7 +220,7 @@ def _frames(image: ImageFile, kind: str) -> int:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels
+    except Exception:  # noqa: BLE001 damaged EXIF says nothing about the pixels
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -249,8 +249,8 @@ def _check_png(data: bytes) -> None:
 def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """The upright, opaque RGB picture of a file.
 
-    16-bit grey is scaled to 8 bits (65535 becomes 255), transparency is composited on white, CMYK is converted without a
-    profile, of an animation the first frame is taken.
+    16-bit grey is scaled to 8 bits (65535 becomes 255), transparency is composited on white, CMYK is converted without
+    a profile, of an animation the first frame is taken.
 
     Raises:
         ImagingError: not a picture, damaged, truncated, or larger than `max_pixels` (from its header, before decoding).
@@ -349,8 +349,9 @@ _UNCHANGED = (1.0, 1.0, 0.0, 0.0)
 def resize(image: Image.Image, how: Resize) -> Resized:
     """Resize in one of img2dataset's modes (see `schemas.config.Resize`).
 
-    Downwards with a Hamming window, which weighs every source pixel as area averaging does but has no steps where the scale is
-    no whole number (measured: as dear as a bilinear window, half of bicubic); upwards with Lanczos, as img2dataset does.
+    Downwards with a Hamming window, which weighs every source pixel as area averaging does but has no steps where the
+    scale is no whole number (measured: as dear as a bilinear window, half of bicubic); upwards with Lanczos, as
+    img2dataset does.
     """
     width, height = image.size
     if how.mode == "no":
@@ -404,10 +405,10 @@ def encode(image: Image.Image, kind: str, quality: int = 95) -> bytes:
 def store(data: bytes, how: Resize, max_pixels: int | None = None) -> StoredImage:
     """Decode, resize and encode a fetched file.
 
-    A JPEG, PNG or WebP that needs no change keeps its bytes: upright, opaque, not animated, 8 bits a channel, no resize; so a
-    reader who does ``Image.open(...).convert("RGB")`` sees the right pixels. Only bytes after the picture's end are cut
-    off, since nothing says what they are. Anything else is re-encoded: as PNG when the file was lossless and no pixel was
-    resampled, else as JPEG.
+    A JPEG, PNG or WebP that needs no change keeps its bytes: upright, opaque, not animated, 8 bits a channel, no
+    resize; so a reader who does ``Image.open(...).convert("RGB")`` sees the right pixels. Only bytes after the
+    picture's end are cut off, since nothing says what they are. Anything else is re-encoded: as PNG when the file was
+    lossless and no pixel was resampled, else as JPEG.
 
     Raises:
         ImagingError: see `decode`.

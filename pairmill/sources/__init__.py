@@ -1,4 +1,4 @@
-"""Where pairs come from: tables of URLs, folders, WebDataset and img2dataset shards, and the download of their images."""
+"""Where pairs come from: tables of URLs, folders, WebDataset and img2dataset shards; and how images are fetched."""
 
 from __future__ import annotations
 

@@ -73,20 +73,16 @@ def redirect(base: Address, location: str, allow_private: bool = False) -> Addre
     Raises:
         AddressRefused: with reason ``url.redirect_refused``, when `parse` refuses it.
     """
+    # header bytes that are not UTF-8 come as surrogates; as Latin-1 they are what the server meant
+    target = location.encode("utf-8", "surrogateescape")
     try:
-        # headers are bytes: aiohttp hands UTF-8 on as text and anything else as surrogates
-        return parse(
-            urljoin(base.url, location.encode("utf-8", "surrogateescape").decode("latin-1").strip())
-            if not location.isascii() and _has_surrogates(location)
-            else urljoin(base.url, location.strip(" ")),
-            allow_private,
-        )
+        text = target.decode("utf-8")
+    except UnicodeDecodeError:
+        text = target.decode("latin-1")
+    try:
+        return parse(urljoin(base.url, text.strip(" ")), allow_private)
     except (AddressRefused, ValueError) as error:
         raise AddressRefused(Reason.URL_REDIRECT_REFUSED, f"a redirect to a refused address: {error}") from error
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _host(name: str) -> str:
@@ -106,7 +102,7 @@ def _host(name: str) -> str:
 
 
 def _ascii_host(host: str) -> str:
-    """The IDNA form, with the mapping browsers apply: full-width digits become digits before an address is looked for."""
+    """The IDNA form, with the mapping browsers apply: full-width digits become digits, so addresses show."""
     import idna
 
     try:
@@ -119,8 +115,8 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def literal(host: str) -> IpAddress | None:
-    """The IP address that a host spells, in any spelling that C libraries take (``127.1``, ``0x7f000001``, ``017700000001``,
-    ``2130706433``), or None for a name."""
+    """The IP address that a host spells, in any spelling that C libraries take (``127.1``, ``0x7f000001``,
+    ``017700000001``, ``2130706433``), or None for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -152,3 +148,8 @@ def without_secrets(url: str) -> str:
     except ValueError:
         return "(not a URL)"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:200]
+
+
+def without_controls(text: str) -> str:
+    """A server's words for messages: control characters become spaces."""
+    return _CONTROL.sub(" ", text)

@@ -26,34 +26,33 @@ from schemas.reasons import Reason
 Result = TypeVar("Result")
 
 
-def _setting(default: Any) -> Any:
-    """A parameter that changes how images are fetched, not what comes of them."""
-    return field(default=default, metadata={"identity": False})
+FREE = {"identity": False}
+"""Of a parameter that changes how images are fetched, not what comes of them."""
 
 
 @dataclass(frozen=True)
 class Download(Stage):
     """Fetches, decodes, resizes and encodes the images of a batch; rows with a locator are read from local files.
 
-    One call takes a whole shard, so that a slow host delays its own URLs only. A URL that occurs several times in a batch is
-    fetched once. ``robots`` covers opt-out headers (``X-Robots-Tag``, ``tdm-reservation``).
+    One call takes a whole shard, so that a slow host delays its own URLs only. A URL that occurs several times in a
+    batch is fetched once. ``robots`` covers opt-out headers (``X-Robots-Tag``, ``tdm-reservation``).
     """
 
     name = "images"
     version = 1
 
-    resize: config.Resize = config.Resize()
+    resize: config.Resize = field(default_factory=config.Resize)
     max_pixels: int = 80_000_000
     max_bytes: int = 32_000_000
-    concurrency: int = _setting(256)
-    per_host: int = _setting(8)
-    timeout_s: float = _setting(10.0)
-    retries: int = _setting(2)
-    max_redirects: int = _setting(5)
-    robots: bool = _setting(True)
-    allow_private_addresses: bool = _setting(False)
-    user_agent: str = _setting("pairmill/0.1")
-    resources: Resources = _setting(Resources(cpus=0.5, rows=1000))
+    concurrency: int = field(default=256, metadata=FREE)
+    per_host: int = field(default=8, metadata=FREE)
+    timeout_s: float = field(default=10.0, metadata=FREE)
+    retries: int = field(default=2, metadata=FREE)
+    max_redirects: int = field(default=5, metadata=FREE)
+    robots: bool = field(default=True, metadata=FREE)
+    allow_private_addresses: bool = field(default=False, metadata=FREE)
+    user_agent: str = field(default="pairmill/0.1", metadata=FREE)
+    resources: Resources = field(default=Resources(cpus=0.5, rows=1000), metadata=FREE)
 
     @classmethod
     def from_config(cls, download: config.Download) -> Download:
@@ -99,27 +98,20 @@ class Download(Stage):
 
         def kernel(batch: Batch) -> pa.Table:
             urls, places = batch.pylist("url"), batch.pylist("locator")
-            outcomes: list[Outcome | None] = [None] * len(urls)
-            with ThreadPoolExecutor(_decoders(), thread_name_prefix="pairmill-decode") as pool:
-                for index, outcome in self.load_local(places, pool):
+            outcomes = [Outcome(Fetched(reason=Reason.EMPTY_URL, detail="the URL is empty")) for _ in urls]
+            with ThreadPoolExecutor(decoders(), thread_name_prefix="pairmill-decode") as pool:
+                for index, outcome in load_local(places, self.max_bytes, self._store, pool):
                     outcomes[index] = outcome
-                rows = _rows_by_url(urls, places)
-                fetched = in_own_loop(lambda: _fetch_all(list(rows), policy, tls, self.store, pool)) if rows else {}
+                rows = rows_by_url(urls, places)
+                fetched = in_own_loop(lambda: _fetch_all(list(rows), policy, tls, self._store, pool)) if rows else {}
             for url, indices in rows.items():
                 for index in indices:
                     outcomes[index] = fetched[url]
-            return to_table(
-                [o or Outcome(Fetched(reason=Reason.EMPTY_URL, detail="the URL is empty")) for o in outcomes]
-            )
+            return to_table(outcomes)
 
         return kernel
 
-    def load_local(self, places: Sequence[str | None], pool: ThreadPoolExecutor) -> Iterator[tuple[int, Outcome]]:
-        """The outcomes of the rows that have a locator, with their positions: read in order, decoded in the pool."""
-        yield from load_local(places, self.max_bytes, self.store, pool)
-
-    def store(self, fetched: Fetched) -> Outcome:
-        """Decode, resize and encode what was fetched; never raises for what a file may hold."""
+    def _store(self, fetched: Fetched) -> Outcome:
         return store(fetched, self.resize, self.max_pixels)
 
 
@@ -161,19 +153,20 @@ def load_local(
             except LocatorError as error:
                 fetched = Fetched(reason=error.reason, detail=error.detail)
             pending.append((index, pool.submit(store, fetched)))
-            if len(pending) > 4 * _decoders():  # so that few files are in memory at a time
+            if len(pending) > 4 * decoders():  # so that few files are in memory at a time
                 done, future = pending.popleft()
                 yield done, future.result()
     for done, future in pending:
         yield done, future.result()
 
 
-def _decoders() -> int:
+def decoders() -> int:
     """Decoding threads a call; Pillow lets go of the interpreter while it works."""
     return min(4, os.cpu_count() or 1)
 
 
-def _rows_by_url(urls: Sequence[str | None], places: Sequence[str | None]) -> dict[str, list[int]]:
+def rows_by_url(urls: Sequence[str | None], places: Sequence[str | None]) -> dict[str, list[int]]:
+    """The positions of each URL that must be fetched."""
     rows: dict[str, list[int]] = defaultdict(list)
     for index, (url, place) in enumerate(zip(urls, places, strict=True)):
         if place is None and url:
@@ -198,7 +191,7 @@ async def _fetch_all(
     async def one(fetcher: Fetcher, url: str) -> Outcome:
         try:
             return await fetcher.fetch(url, use)
-        except Exception as error:  # one strange answer must not cost the other rows their fetched images
+        except Exception as error:  # noqa: BLE001 one strange answer must not cost the other rows their images
             return Outcome(Fetched(reason=Reason.ERROR_KERNEL, detail=f"{type(error).__name__}: {error}"[:300]))
 
     async with Fetcher(policy, tls) as fetcher:
@@ -206,8 +199,8 @@ async def _fetch_all(
 
 
 def in_own_loop(work: Callable[[], Awaitable[Result]]) -> Result:
-    """Run a coroutine in an event loop of its own thread: the caller's may be running one (notebooks, Ray's async actors).
-    Ctrl-C in the caller cancels it."""
+    """Run a coroutine in an event loop of its own thread, for the caller's may be running one (notebooks, Ray's async
+    actors). Ctrl-C in the caller cancels it."""
     outcome: Future[Result] = Future()
     started = threading.Event()
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
@@ -222,7 +215,7 @@ def in_own_loop(work: Callable[[], Awaitable[Result]]) -> Result:
     def target() -> None:
         try:
             outcome.set_result(asyncio.run(run()))
-        except BaseException as error:  # handed to the caller, whatever it is
+        except BaseException as error:  # noqa: BLE001 handed to the caller, whatever it is
             outcome.set_exception(error)
 
     thread = threading.Thread(target=target, name="pairmill-fetch", daemon=True)

@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import hashlib
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -153,6 +154,9 @@ class Fetcher:
                 began = time.monotonic()
                 try:
                     step = await asyncio.wait_for(self._get(address, turn), left)
+                except AddressRefused as refused:
+                    reason = refused.reason if len(seen) == 1 else Reason.URL_REDIRECT_REFUSED
+                    raise _Failed(reason, refused.detail) from refused
                 except asyncio.TimeoutError:
                     detail = f"no whole answer within {self._policy.timeout_s:g} s"
                     raise _Failed(Reason.HTTP_TIMEOUT, detail) from None
@@ -180,8 +184,6 @@ class Fetcher:
             await self._names.resolve(address.host)
             async with self._session.get(URL(address.url, encoded=True), allow_redirects=False) as response:
                 return await self._read(address, response, turn)
-        except AddressRefused as refused:
-            raise _Failed(refused.reason, refused.detail) from refused
         except aiohttp.ClientPayloadError as error:
             # a false length or broken chunks; may be a broken connection too, so it is tried again, but never deferred
             raise _Failed(Reason.HTTP_PROTOCOL, f"the body ended wrongly: {_words(error)}", may_pass=True) from error
@@ -241,7 +243,7 @@ class Fetcher:
             if not looked and len(body) >= _HEAD:
                 looked = True
                 if encoding == "identity":
-                    _check_image(body[:_HEAD], kind)  # no need to read on through a long web page
+                    _check_image(bytes(body[:_HEAD]), kind)  # no need to read on through a long web page
             if not large and len(body) > _LARGE:
                 large = True
                 await turn.enter_async_context(self._large)
@@ -261,7 +263,7 @@ def _backoff(url: str, attempt: int) -> float:
 
 
 def _words(error: BaseException) -> str:
-    return addresses._CONTROL.sub(" ", str(error) or type(error).__name__)[:200]
+    return addresses.without_controls(str(error) or type(error).__name__)[:200]
 
 
 def _header(value: str | None) -> str | None:
@@ -269,7 +271,7 @@ def _header(value: str | None) -> str | None:
 
 
 def _status_failure(status: int, response: Any) -> _Failed:
-    phrase = addresses._CONTROL.sub(" ", (response.reason or "").encode("ascii", "replace").decode())[:80]
+    phrase = addresses.without_controls((response.reason or "").encode("ascii", "replace").decode())[:80]
     detail = f"HTTP {status} {phrase}".strip()
     if status in (404, 410):
         return _Failed(Reason.HTTP_NOT_FOUND, detail, status)
@@ -304,11 +306,11 @@ _NO_AI = frozenset({"noai", "noimageai", "noindex", "none", "noimageindex"})
 
 
 def opted_out(headers: Any, user_agent: str) -> str | None:
-    """How the headers forbid the use of the image, or None: ``X-Robots-Tag`` with noai, noimageai, noindex, noimageindex or
-    none, for all agents or for this one, or ``tdm-reservation: 1``."""
+    """How the headers forbid the use of the image, or None: ``X-Robots-Tag`` with noai, noimageai, noindex,
+    noimageindex or none, for all agents or for this one, or ``tdm-reservation: 1``."""
     if headers.get("tdm-reservation", "").strip() == "1":
         return "tdm-reservation: 1"
-    ours = {"*", "pairmill", user_agent.split("/")[0].split(" ")[0].strip().lower()}
+    ours = {"*", "pairmill", re.split(r"[/ ]", user_agent.strip(), maxsplit=1)[0].lower()}
     for value in headers.getall("X-Robots-Tag", []):
         agent = "*"
         for part in value.lower().replace(";", ",").split(","):
@@ -340,24 +342,28 @@ def decompress(data: bytes, encoding: str, cap: int) -> bytes:
     raise _Failed(Reason.HTTP_PROTOCOL, f"the body is not {encoding}, as its Content-Encoding says")
 
 
-def _check_image(head: bytes | bytearray, content_type: str) -> None:
-    """Raise unless the first bytes are those of an allowed format. The Content-Type decides nothing, it only names."""
-    start = bytes(head)
-    if imaging.sniff(start[:32]) is not None:
-        return
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+def not_an_image(head: bytes, content_type: str) -> Fetched | None:
+    """The refusal when the first bytes are not those of an allowed format. The Content-Type only names it."""
+    if imaging.sniff(head[:32]) is not None:
+        return None
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if b"<svg" in text:
-        raise _Failed(Reason.IMAGE_FORMAT, "SVG is not allowed")
+        return Fetched(reason=Reason.IMAGE_FORMAT, detail="SVG is not allowed")
     if content_type.startswith("image/") and not text.startswith((b"<", b"{")):
-        raise _Failed(Reason.IMAGE_FORMAT, f"{content_type[:60]}, begins with {start[:8].hex()}")
-    raise _Failed(Reason.HTTP_NOT_AN_IMAGE, f"not an image; Content-Type: {content_type[:60] or 'none'}")
+        return Fetched(reason=Reason.IMAGE_FORMAT, detail=f"{content_type[:60]}, begins with {head[:8].hex()}")
+    return Fetched(reason=Reason.HTTP_NOT_AN_IMAGE, detail=f"not an image; Content-Type: {content_type[:60] or 'none'}")
+
+
+def _check_image(head: bytes, content_type: str) -> None:
+    if (refused := not_an_image(head, content_type)) is not None:
+        raise _Failed(refused.reason or Reason.HTTP_NOT_AN_IMAGE, refused.detail or "")
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
 class _Names:
-    """Resolves each host once and checks all its addresses; connections are made to what was checked (no DNS rebinding)."""
+    """Resolves each host once and checks all its addresses; connections go to what was checked (no DNS rebinding)."""
 
     def __init__(self, allow_private: bool) -> None:
         self._allow_private = allow_private
@@ -400,7 +406,7 @@ def _resolver(names: _Names) -> Any:
     class CheckedResolver(AbstractResolver):
         """Gives aiohttp the addresses that were checked."""
 
-        async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[ResolveResult]:
+        async def resolve(self, host: str, port: int = 0, family: Any = None) -> list[ResolveResult]:  # noqa: ARG002
             return [
                 ResolveResult(
                     hostname=host,

@@ -36,8 +36,8 @@ class SourceFile:
 
 
 def find(path: str, endings: Sequence[str], what: str) -> list[SourceFile]:
-    """The files that `path` means, in the order of their names: a file, a glob, or a folder (all files below it with one
-    of `endings`).
+    """The files that `path` means, in the order of their names: a file, a glob, or a folder (all files below it with
+    one of `endings`).
 
     Raises:
         SourceError: there is no such file.

@@ -54,8 +54,8 @@ def _image_column(file: SourceFile, schema: pa.Schema) -> str:
         ):
             return name
     raise SourceError(
-        f"{file.name!r} has no image column (one of {', '.join(IMAGE_COLUMNS)}). If it lists URLs only, such as the parquet "
-        "file that img2dataset writes beside its tars, read it with kind: url_table."
+        f"{file.name!r} has no image column (one of {', '.join(IMAGE_COLUMNS)}). If it lists URLs only, such as the "
+        "parquet file that img2dataset writes beside its tars, read it with kind: url_table."
     )
 
 

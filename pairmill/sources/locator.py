@@ -1,7 +1,7 @@
 """Where a local source holds an image's bytes: the JSON in the column ``locator``, and how to load it.
 
-Three kinds: ``{"file": path}``, ``{"tar": path, "offset": n, "size": n}`` and ``{"parquet": path, "row": n, "column": c}``.
-Paths are absolute or fsspec URLs.
+Three kinds: ``{"file": path}``, ``{"tar": path, "offset": n, "size": n}`` and
+``{"parquet": path, "row": n, "column": c}``. Paths are absolute or fsspec URLs.
 """
 
 from __future__ import annotations
@@ -101,14 +101,15 @@ class Loader:
         return data
 
     def _open(self, path: str) -> IO[bytes]:
-        if self._path != path or self._handle is None:
-            import fsspec
+        if self._path == path and self._handle is not None:
+            return self._handle
+        import fsspec
 
-            self.close()
-            handle = fsspec.open(path, "rb").open()
-            self._handle = gzip.open(handle, "rb") if path.lower().endswith((".gz", ".tgz")) else handle
-            self._path = path
-        return self._handle
+        self.close()
+        handle: Any = fsspec.open(path, "rb").open()
+        opened: IO[bytes] = gzip.GzipFile(fileobj=handle) if path.lower().endswith((".gz", ".tgz")) else handle
+        self._handle, self._path = opened, path
+        return opened
 
     def _range(self, path: str, offset: int, size: int) -> bytes:
         self._check(size)

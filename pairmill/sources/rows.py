@@ -70,14 +70,14 @@ def web_row(url: object, text: object, extra: str | None = None, locator: str | 
 
 
 def malformed(raw: bytes, detail: str) -> Row:
-    """The row for raw bytes that are no row: an excerpt and a digest of them as text, so that it has a uid of its own."""
+    """The row for raw bytes that are no row: their excerpt and digest are its text, so that it has a uid of its own."""
     excerpt = clean(raw[: 4 * EXCERPT].decode("utf-8", "replace"))[:EXCERPT]
     text = f"{excerpt} [{hashlib.sha256(raw).hexdigest()[:12]}]"
     return Row(None, [(text, "web")], reason=Reason.MALFORMED_ROW.value, detail=detail)
 
 
 def clean(value: object, limit: int = MAX_TEXT) -> str:
-    """A value as text that is valid UTF-8: null is empty, no NUL, lone surrogates replaced, at most `limit` characters."""
+    """A value as valid UTF-8 text: null is empty, no NUL, lone surrogates replaced, at most `limit` characters."""
     if value is None or value != value:  # NaN, which is what tables made with pandas hold for null
         return ""
     text = value if isinstance(value, str) else _words(value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -90,11 +91,12 @@ def _arrow_rows(batch: pa.RecordBatch, columns: _Columns) -> Iterator[Row]:
     others = [
         n for n in batch.schema.names if n not in (columns.url, columns.text) and not n.startswith("__index_level_")
     ]
+    extras: Iterable[str | None]
     if others:
         values = [_text_values(batch.column(name)) for name in others]
         extras = (extra_json(dict(zip(others, row, strict=True))) for row in zip(*values, strict=True))
     else:
-        extras = iter([None] * len(urls))
+        extras = itertools.repeat(None, len(urls))
     for url, text, extra in zip(urls, texts, extras, strict=True):
         if isinstance(url, bytes) or isinstance(text, bytes):
             yield malformed(_raw(url) + b"\n" + _raw(text), "not UTF-8")
@@ -131,9 +133,9 @@ def _decoded(value: bytes | None) -> str | bytes | None:
 
 
 # -- csv and tsv ------------------------------------------------------------------------------------------------------
-# Neither csv.reader nor pyarrow.csv survives the web: one unclosed quote swallows the rest of the file, one byte that is
-# not UTF-8 loses it all. So: blocks of whole lines go through csv.reader at C speed while every line is one good record;
-# a block that is not so simple is read record by record, and a record that does not work out costs only its first line.
+# Neither csv.reader nor pyarrow.csv survives the web: one unclosed quote swallows the rest of the file, one byte that
+# is not UTF-8 loses it all. So: blocks of whole lines go through csv.reader at C speed while every line is one good
+# record; a block that is not so simple is read record by record, and a record that fails costs only its first line.
 
 
 class _Lines:
@@ -293,8 +295,8 @@ _CLOSING_QUOTE = re.compile(r'(?<!")"(?:"")*(?!")')
 
 
 def split_record(line: str, delimiter: str) -> list[str] | str | None:
-    """The fields of one CSV record (RFC 4180), None when a quoted field is still open at its end, or, as a string, why the
-    record is malformed."""
+    """The fields of one CSV record (RFC 4180), None when a quoted field is still open at its end, or, as a string, why
+    the record is malformed."""
     fields: list[str] = []
     at = 0
     while True:
@@ -352,7 +354,7 @@ def _json_rows(file: SourceFile, columns: _Columns, lines: bool) -> Iterator[Row
 
 
 def _checked_records(file: SourceFile, columns: _Columns, records: Iterator[dict[str, Any] | Row]) -> Iterator[Row]:
-    """Rows of records. When none of the first `ROWS` has the column, it is missing; later it may be absent here and there."""
+    """Rows of records. A column that none of the first `ROWS` records has is missing; else it may be absent in some."""
     held: list[dict[str, Any] | Row] = []
     for record in records:
         held.append(record)
@@ -361,9 +363,8 @@ def _checked_records(file: SourceFile, columns: _Columns, records: Iterator[dict
     objects = [r for r in held if isinstance(r, dict)]
     if objects:
         _require(file, columns, list(dict.fromkeys(name for r in objects for name in r)))
-    for part in (held, records):
-        for record in part:
-            yield record if isinstance(record, Row) else _json_row(record, columns)
+    for record in itertools.chain(held, records):
+        yield record if isinstance(record, Row) else _json_row(record, columns)
 
 
 def _json_row(record: dict[str, Any], columns: _Columns) -> Row:

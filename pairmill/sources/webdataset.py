@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from pairmill.errors import SourceError
 from pairmill.sources import files
 from pairmill.sources.files import SourceFile
 from pairmill.sources.locator import tar_locator
@@ -35,8 +34,8 @@ class _Sample:
 def read_webdataset(source: config.WebDataset) -> Iterator[pa.Table]:
     """The rows of a `schemas.config.WebDataset`.
 
-    ``url`` is the JSON member's url, else ``wds:<tar name>/<key>``. What img2dataset could not fetch is not in its tars but
-    in the parquet file beside them: read those with ``img2dataset_parquet`` or as a ``url_table`` to try them again.
+    ``url`` is the JSON member's url, else ``wds:<tar name>/<key>``. What img2dataset could not fetch is not in its tars
+    but in the parquet file beside them: read that as a ``url_table`` to try those URLs again.
     """
     found = files.find(source.path, ENDINGS, "webdataset")
     return tables(row for file in found for row in _tar_rows(file, source))
@@ -79,7 +78,7 @@ class _Samples:
 
     def _members(self) -> Iterator[tarfile.TarInfo]:
         try:
-            tar = tarfile.open(fileobj=self._handle, mode="r:")
+            tar = tarfile.open(fileobj=self._handle, mode="r:")  # noqa: SIM115 closed below
         except (tarfile.TarError, EOFError, zlib.error) as error:
             if self._handle.seek(0) == 0 and not self._handle.read(1):
                 return
@@ -94,7 +93,6 @@ class _Samples:
                     return
                 if member is None:
                     break
-                tar.members = []  # tarfile remembers all members; a shard may have very many
                 if member.isfile():
                     yield member
             # tarfile ends quietly at a header it cannot read: a sound end is a block of zeros, or the end of the file
