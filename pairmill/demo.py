@@ -1,0 +1,190 @@
+"""The demo: the main job, offline, on a procedural web whose truth is known, with the shipped tiny models.
+
+A loopback server plays the web; the ordinary recipe runs over its URL list; the result is exported; and only then is the
+ledger compared with the ground truth that the server wrote beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from pairmill.errors import ConfigError
+from pairmill.export.webdataset import export_webdataset
+from pairmill.procedural.web import Kind, ProceduralWeb
+from pairmill.query import query
+from pairmill.report.progress import Reporter
+from pairmill.run import RunReport, load_config, refresh
+from pairmill.store import Dataset
+from pairmill.weights import tiny_clip_dir
+
+BROKEN_KINDS = frozenset(kind.value for kind in Kind if not kind.has_picture)
+"""Rows behind which there is no usable picture: none of them may be kept."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Precision and recall against the ground truth, with the counts they come from."""
+
+    precision: float
+    recall: float
+    caught: int
+    """Rightly dropped."""
+    wrongly_dropped: int
+    missed: int
+
+    @classmethod
+    def of(cls, caught: int, wrongly_dropped: int, missed: int) -> Score:
+        """From counts; 1.0 where there is nothing to divide by."""
+        precision = caught / (caught + wrongly_dropped) if caught + wrongly_dropped else 1.0
+        recall = caught / (caught + missed) if caught + missed else 1.0
+        return cls(round(precision, 4), round(recall, 4), caught, wrongly_dropped, missed)
+
+
+@dataclass(frozen=True)
+class DemoMetrics:
+    """How the demo's run compares with the ground truth."""
+
+    pairs: int
+    kept: int
+    reasons: dict[str, int]
+    adds_up: bool
+    """admitted = kept + each reason."""
+    mismatched: Score
+    """False alt texts among the pairs that came to be judged by CLIP."""
+    duplicates: Score
+    """Exact and near-duplicates among the pairs that came to be judged as duplicates."""
+    true_texts_in: float
+    """Share of true texts among all rows that show a picture."""
+    true_texts_kept: float
+    """Share of true texts among kept pairs."""
+    broken_kept: int
+    """Kept pairs behind which there is no usable picture."""
+    exported: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What `run_demo` did."""
+
+    run: RunReport
+    metrics: DemoMetrics
+    out: Path
+
+
+def run_demo(
+    pairs: int,
+    out: Path | str,
+    reporter: Reporter,
+    *,
+    seed: int = 0,
+    engine: str = "ray",
+    overrides: tuple[str, ...] = (),
+) -> DemoReport:
+    """Run the main job on a procedural web of `pairs` rows and leave in `out`: dataset/, urls.parquet, truth.parquet,
+    config.yaml, export/ and metrics.json. Run again on the same folder it finds nothing new, or goes on.
+
+    Raises:
+        ConfigError: the folder holds a demo of other pairs or another seed.
+    """
+    out = Path(out)
+    with _web(pairs, seed, out) as web:
+        web.write(out)
+        config_path = out / "config.yaml"
+        config_path.write_text(yaml.safe_dump(demo_config(out, engine), sort_keys=False), encoding="utf-8")
+        reporter.note(f"a procedural web of {pairs} pairs is served on {web.host}:{web.port}")
+        report = refresh(load_config(str(config_path), overrides), reporter)
+    snapshot = Dataset(str(out / "dataset")).snapshot()
+    exported = export_webdataset(snapshot, str(out / "export"))
+    metrics = measure(query(snapshot, PAIRS_SQL).to_pylist(), out / "truth.parquet", exported.samples, report.seconds)
+    (out / "metrics.json").write_text(json.dumps(asdict(metrics), indent=2) + "\n", encoding="utf-8")
+    return DemoReport(report, metrics, out)
+
+
+PAIRS_SQL = """
+    SELECT pairs.url, pairs.text, pairs.status, pairs.reason, senior.url AS duplicate_of_url
+    FROM pairs LEFT JOIN pairs AS senior ON pairs.duplicate_of = senior.uid
+"""
+
+
+def _web(pairs: int, seed: int, out: Path) -> ProceduralWeb:
+    """The web of this folder: on the port of the first run, since the port is part of every URL."""
+    note = out / "web.json"
+    wanted = {"pairs": pairs, "seed": seed}
+    if not note.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        web = ProceduralWeb(pairs, seed)
+        note.write_text(json.dumps({**wanted, "port": web.port}) + "\n", encoding="utf-8")
+        return web
+    found = json.loads(note.read_text(encoding="utf-8"))
+    if {k: found[k] for k in wanted} != wanted:
+        raise ConfigError(
+            f"{out} holds a demo of {found['pairs']} pairs with seed {found['seed']}; give another --out, or delete it"
+        )
+    try:
+        return ProceduralWeb(pairs, seed, port=found["port"])
+    except OSError as error:
+        raise ConfigError(
+            f"port {found['port']}, which the URLs of {out} name, is taken; free it, or give another --out"
+        ) from error
+
+
+def demo_config(out: Path, engine: str) -> dict[str, Any]:
+    """The demo's config: the ordinary recipe, with time-outs and thresholds for a loopback web and the tiny model."""
+    tuned = json.loads((tiny_clip_dir() / "metrics.json").read_text(encoding="utf-8"))["thresholds"]
+    return {
+        "dataset": str(out / "dataset"),
+        "recipe": "clip_filter",
+        "source": [{"kind": "url_table", "path": str(out / "urls.parquet")}],
+        "shard_size": 200,
+        "download": {"per_host": 64, "timeout_s": 3, "retries": 1, "allow_private_addresses": True},
+        "models": {"clip": "tiny"},
+        "keep": {"clip_score": f">= {tuned['clip_score']}"},
+        "dedup": {"semantic": tuned["semantic"], "floor": min(0.8, tuned["semantic"])},
+        "engine": {"kind": engine},
+    }
+
+
+def measure(pairs: list[dict[str, Any]], truth_path: Path, exported: int, seconds: float) -> DemoMetrics:
+    """Compare the pairs of a snapshot (url, text, status, reason, duplicate_of_url) with the ground truth."""
+    truth = {(row["url"], row["text"]): row for row in pq.read_table(truth_path).to_pylist()}
+    picture = {row["url"]: row["duplicate_of_url"] or row["url"] for row in truth.values()}
+    rows = [{**pair, "truth": truth[pair["url"], pair["text"]]} for pair in pairs]
+    reasons = Counter(r["reason"] for r in rows if r["reason"])
+    kept = [r for r in rows if r["status"] == "kept"]
+    shown = [r for r in rows if r["truth"]["text_is_true"] is not None]
+    return DemoMetrics(
+        pairs=len(rows),
+        kept=len(kept),
+        reasons=dict(sorted(reasons.items())),
+        adds_up=len(rows) == len(truth) == len(kept) + sum(reasons.values()),
+        mismatched=_mismatched(rows),
+        duplicates=_duplicates(rows, picture),
+        true_texts_in=round(sum(r["truth"]["text_is_true"] for r in shown) / max(1, len(shown)), 4),
+        true_texts_kept=round(sum(bool(r["truth"]["text_is_true"]) for r in kept) / max(1, len(kept)), 4),
+        broken_kept=sum(r["truth"]["kind"] in BROKEN_KINDS for r in kept),
+        exported=exported,
+        seconds=seconds,
+    )
+
+
+def _mismatched(rows: list[dict[str, Any]]) -> Score:
+    judged = [r for r in rows if r["reason"] is None or r["reason"].startswith(("clip.", "duplicate."))]
+    counts = Counter((not r["truth"]["text_is_true"], (r["reason"] or "").startswith("clip.")) for r in judged)
+    return Score.of(counts[True, True], counts[False, True], counts[True, False])
+
+
+def _duplicates(rows: list[dict[str, Any]], picture: dict[str, str]) -> Score:
+    """Of m judged pairs that show one picture, m - 1 are duplicates; which one stays is the recipe's choice."""
+    judged = [r for r in rows if r["reason"] is None or r["reason"].startswith("duplicate.")]
+    surplus = sum(n - 1 for n in Counter(picture[r["url"]] for r in judged).values())
+    dropped = [r for r in judged if r["reason"]]
+    right = sum(picture[r["url"]] == picture[r["duplicate_of_url"]] for r in dropped)
+    return Score.of(right, len(dropped) - right, surplus - right)
