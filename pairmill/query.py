@@ -1,0 +1,313 @@
+"""SQL over a snapshot, by DuckDB: the views that the command and the exports see.
+
+Views are lazy. A query opens the Parquet files of the columns it names and reads those columns alone; image bytes are
+read only when ``images.image`` is asked for. The connection can read the snapshot's files and nothing else: files come
+through a file system that knows no other path and cannot write (`_SnapshotFiles`), and DuckDB's own access to disk,
+network and extensions is switched off and locked.
+"""
+# ruff: noqa: S608 - SQL is put together from names and paths of the store, quoted by `_name` and `_text`
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import pyarrow as pa
+
+from pairmill.errors import ConfigError
+from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, SNAPSHOTS_TABLE
+from schemas import fields
+from schemas.snapshot import SNAPSHOTS
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from pairmill.store import DataFile, Dataset, Snapshot
+
+VIEWS = ("pairs", "texts", "images", "boxes", "instructions", "snapshots")
+"""What a query can name."""
+
+_PROTOCOL = "snapshot"
+_LEDGER = ("status", "reason", "detail", "duplicate_of", "cluster")
+_NAMED = ("width", "height", "sha256", "clip_score")
+"""Columns that ``pairs`` always has, null where the recipe does not measure them."""
+_INSTRUCTIONS = "uid VARCHAR, kind VARCHAR, messages VARCHAR, writer VARCHAR, prompt_digest VARCHAR"
+
+
+def query(snapshot: Snapshot, sql: str) -> pa.Table:
+    """The answer to one SELECT (also DESCRIBE, SHOW TABLES and SUMMARIZE).
+
+    Raises:
+        ConfigError: the SQL is wrong, or is no single SELECT; carries DuckDB's message and the views there are.
+    """
+    import duckdb
+
+    with connect(snapshot) as connection:
+        try:
+            statements = connection.extract_statements(sql)
+            if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
+                raise ConfigError("a query must be one SELECT statement; to get data out, use `pairmill export`")
+            relation = connection.sql(sql)
+            return relation.to_arrow_table() if relation is not None else pa.table({})
+        except duckdb.Error as error:
+            raise ConfigError(
+                f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns"
+            ) from error
+
+
+def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection in memory with `VIEWS` over a snapshot; close it, or use it in a ``with`` statement.
+
+    ``pairs``
+        one row a pair; besides the columns that docs name, each scalar column that the recipe measured
+    ``texts``
+        one row a text; ``ordinal`` counts from 0, the web text
+    ``images``
+        one row a stored image
+    ``boxes``
+        one row a box, in pixels of the stored image, clipped to it; boxes outside of it (cropped away) are left out
+    ``instructions``
+        empty
+    ``snapshots``
+        one row a published snapshot
+    """
+    import duckdb
+
+    options = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+    connection = duckdb.connect(":memory:", config=options)
+    try:
+        connection.register_filesystem(_SnapshotFiles(snapshot))
+        _Views(connection, snapshot).create()
+        connection.execute("SET parquet_metadata_cache = true")  # files of a snapshot never change
+        connection.execute(f"SET allowed_directories = ['{_PROTOCOL}://']")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class _Views:
+    """Creates the views. The stored tables are views of their own in the schema ``store``."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, snapshot: Snapshot) -> None:
+        self._connection = connection
+        self._snapshot = snapshot
+        self._columns: dict[str, dict[str, str]] = {}
+        """SQL type of each column, by table."""
+
+    def create(self) -> None:
+        """Create all of them."""
+        self._connection.execute("CREATE SCHEMA store")
+        names = {PAIRS_TABLE, LEDGER_TABLE, *self._snapshot.columns.values(), *self._snapshot.record.tables}
+        for table in sorted(names - {SNAPSHOTS_TABLE}):
+            self._table(table)
+        self._pairs()
+        self._texts()
+        self._images()
+        self._boxes()
+        self._connection.execute(f"CREATE TABLE instructions ({_INSTRUCTIONS})")
+        self._snapshots()
+
+    def _table(self, name: str) -> None:
+        files = self._snapshot.files(name)
+        if files:
+            paths = ", ".join(_text(_address(self._snapshot.dataset, file)) for file in files)
+            source = f"read_parquet([{paths}], hive_partitioning = true, hive_types = {{'shard': INTEGER}})"
+            self._connection.execute(f"CREATE VIEW store.{_name(name)} AS SELECT * FROM {source}")
+        else:
+            empty = _schema(name, self._snapshot.columns).empty_table()
+            self._connection.register("empty_table", empty)
+            self._connection.execute(f"CREATE TABLE store.{_name(name)} AS SELECT * FROM empty_table")
+            self._connection.unregister("empty_table")
+        described = self._connection.execute(f"DESCRIBE store.{_name(name)}").fetchall()
+        self._columns[name] = {row[0]: row[1] for row in described}
+
+    def _pairs(self) -> None:
+        known = {column: table for column, table in self._snapshot.columns.items() if column in self._columns[table]}
+        measured = sorted(
+            column
+            for column, table in known.items()
+            if table != PAIRS_TABLE and column not in _NAMED and _is_scalar(self._columns[table][column])
+        )
+        joined: dict[str, list[str]] = {LEDGER_TABLE: list(_LEDGER)}
+        selected = [f"p.{column}" for column in ("uid", "url", "text", "shard", "refresh")]
+        selected += [_of(LEDGER_TABLE, column) for column in _LEDGER]
+        for column in (*_NAMED, "source", "extra", *measured):
+            if column in ("source", "extra"):
+                selected.append(f"p.{column}")
+            elif column in known:
+                joined.setdefault(known[column], []).append(column)
+                selected.append(_of(known[column], column))
+            else:
+                selected.append(f"NULL::{_sql_type(column)} AS {_name(column)}")
+        joins = " ".join(_join(table, columns) for table, columns in joined.items())
+        self._view("pairs", f"SELECT {', '.join(selected)} FROM store.{PAIRS_TABLE} p {joins}")
+
+    def _texts(self) -> None:
+        table = self._table_of(fields.CLIP_SCORES)
+        score, join = "NULL::FLOAT", ""
+        if table:
+            score, join = f"{_alias(table)}.clip_scores[ordinal + 1]", _join(table, ["clip_scores"])
+        self._view(
+            "texts",
+            f"""SELECT p.uid, ordinal, texts[ordinal + 1].text AS text, texts[ordinal + 1].source AS source,
+                {score} AS clip_score, NULL::FLOAT AS itm_score,
+                {_alias(LEDGER_TABLE)}.status = 'kept' AS kept, {_alias(LEDGER_TABLE)}.reason AS reason
+                FROM (SELECT uid, shard, texts, unnest(range(len(texts)))::INTEGER AS ordinal
+                      FROM store.{PAIRS_TABLE}) p
+                {_join(LEDGER_TABLE, ["status", "reason"])} {join}""",
+        )
+
+    def _images(self) -> None:
+        table = self._table_of(fields.IMAGE)
+        names = [field.name for field in fields.IMAGES]
+        first = ["image", "width", "height", "sha256", "format"]
+        columns = ["uid", *first, *(name for name in names if name not in first), "shard"]
+        if table is None:
+            nulls = ", ".join(f"NULL::{_sql_type(c)} AS {_name(c)}" for c in columns)
+            self._view("images", f"SELECT {nulls} WHERE false")
+            return
+        there = self._columns[table]
+        shown = ", ".join(_name(c) if c in there else f"NULL::{_sql_type(c)} AS {_name(c)}" for c in columns)
+        # Rows without a reason have an image; asking the image column itself would read it.
+        self._view("images", f"SELECT {shown} FROM store.{_name(table)} WHERE reason IS NULL")
+
+    def _boxes(self) -> None:
+        self._view(
+            "boxes",
+            f"""SELECT * FROM (
+                  SELECT uid, b.label AS label,
+                    greatest(0, least(i.width, b.x1 * i.transform[1] + i.transform[3]))::FLOAT AS x1,
+                    greatest(0, least(i.height, b.y1 * i.transform[2] + i.transform[4]))::FLOAT AS y1,
+                    greatest(0, least(i.width, b.x2 * i.transform[1] + i.transform[3]))::FLOAT AS x2,
+                    greatest(0, least(i.height, b.y2 * i.transform[2] + i.transform[4]))::FLOAT AS y2,
+                    b.score AS score, b.source AS source
+                  FROM (SELECT uid, shard, unnest(boxes) AS b FROM store.{PAIRS_TABLE}) p
+                  JOIN (SELECT uid, shard, width, height, transform FROM images) i USING (uid, shard)
+                ) WHERE x2 > x1 AND y2 > y1""",
+        )
+
+    def _snapshots(self) -> None:
+        rows = [record.to_row() for record in self._snapshot.dataset.snapshots()]
+        self._connection.register("records", pa.Table.from_pylist(rows, schema=SNAPSHOTS))
+        self._connection.execute("CREATE TABLE snapshots AS SELECT * FROM records ORDER BY id")
+        self._connection.unregister("records")
+
+    def _table_of(self, field: pa.Field) -> str | None:
+        table = self._snapshot.columns.get(field.name)
+        return table if table is not None and field.name in self._columns[table] else None
+
+    def _view(self, name: str, select: str) -> None:
+        self._connection.execute(f"CREATE VIEW {name} AS {select}")
+
+
+def _join(table: str, columns: Sequence[str]) -> str:
+    """A left join with a stored table. Grouping tells DuckDB that there is one row a pair, so that it leaves the join
+    out when a query names none of its columns."""
+    values = ", ".join(f"any_value({_name(c)}) AS {_name(c)}" for c in columns)
+    grouped = f"SELECT uid, shard, {values} FROM store.{_name(table)} GROUP BY uid, shard"
+    alias = _alias(table)
+    return f"LEFT JOIN ({grouped}) {alias} ON {alias}.uid = p.uid AND {alias}.shard = p.shard"
+
+
+def _alias(table: str) -> str:
+    return _name(f"of {table}")
+
+
+def _of(table: str, column: str) -> str:
+    return f"{_alias(table)}.{_name(column)} AS {_name(column)}"
+
+
+def _name(name: str) -> str:
+    """A quoted identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    """A quoted string."""
+    return "'" + value.replace("'", "''") + "'"
+
+
+_SQL_TYPES = {
+    pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+    pa.bool_(): "BOOLEAN",
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+}
+
+
+def _known_fields() -> dict[str, pa.Field]:
+    return {value.name: value for value in vars(fields).values() if isinstance(value, pa.Field)}
+
+
+def _sql_type(column: str) -> str:
+    kind = _known_fields()[column].type
+    return f"{_SQL_TYPES[kind.value_type]}[]" if pa.types.is_list(kind) else _SQL_TYPES[kind]
+
+
+def _is_scalar(sql_type: str) -> bool:
+    return not sql_type.endswith("]") and not sql_type.startswith(("STRUCT", "MAP", "UNION", "BLOB"))
+
+
+def _schema(table: str, columns: dict[str, str]) -> pa.Schema:
+    """The schema of a table without files. Columns of one's own stages are unknown then, and left out."""
+    if table in (PAIRS_TABLE, LEDGER_TABLE):
+        return (fields.PAIRS if table == PAIRS_TABLE else fields.LEDGER).append(fields.SHARD)
+    known = _known_fields()
+    own = [known[column] for column, owner in columns.items() if owner == table and column in known]
+    return pa.schema([fields.UID, fields.REASON, fields.DETAIL, *own, fields.SHARD])
+
+
+def _address(dataset: Dataset, file: DataFile) -> str:
+    """The name of a file inside the connection: its path below the dataset."""
+    return f"{_PROTOCOL}://{file.path[len(dataset.root) :].lstrip('/')}"
+
+
+class _SnapshotFiles(fsspec.AbstractFileSystem):
+    """The files of a snapshot under names of their own, for reading only."""
+
+    protocol = _PROTOCOL
+    cachable = False
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__()
+        self._fs = snapshot.dataset.fs
+        self._files = {
+            self._strip_protocol(_address(snapshot.dataset, file)): file
+            for table in snapshot.record.tables
+            if table != SNAPSHOTS_TABLE
+            for file in snapshot.files(table)
+        }
+
+    def _file(self, path: str) -> DataFile:
+        try:
+            return self._files[self._strip_protocol(path)]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        if mode != "rb":
+            raise PermissionError(f"a snapshot is read-only: {path}")
+        return self._fs.open(self._file(path).path, "rb")
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Size and type of a file."""
+        return {"name": path, "size": self._file(path).size, "type": "file"}
+
+    def exists(self, path: str, **_: Any) -> bool:
+        """Whether it is a file of the snapshot."""
+        return self._strip_protocol(path) in self._files
+
+    def glob(self, path: str, **_: Any) -> Iterable[str]:
+        """The file itself: names are exact."""
+        return [path] if self.exists(path) else []
+
+    def modified(self, path: str) -> datetime.datetime:  # noqa: ARG002 - fsspec's signature
+        """When it was written: files of a snapshot never change, so any constant will do."""
+        return datetime.datetime.fromtimestamp(0, datetime.timezone.utc)

@@ -1,0 +1,212 @@
+from pathlib import Path
+
+import duckdb
+import fsspec
+import pyarrow as pa
+import pytest
+
+from pairmill.errors import ConfigError
+from pairmill.query import VIEWS, _SnapshotFiles, connect, query
+from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
+
+PAIRS = [
+    Pair(0, 0, "a red circle", ("ein roter Kreis",), boxes=(("circle", -4, 4, 20, 90), ("gone", 80, 0, 99, 9))),
+    Pair(1, 0, 'it\'s "quoted"', extra={"licence": "cc"}, format="png", score=0.25),
+    Pair(2, 0, "copy", reason="duplicate.bytes"),
+    Pair(3, 1, "gone", format=None, reason="http.not_found"),
+    Pair(4, 1, "later", format=None, reason="http.timeout"),
+    Pair(5, 1, None, malformed=True, format=None, reason="source.empty_url"),
+]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Built:
+    return build(str(tmp_path_factory.mktemp("it's") / "data"), PAIRS)
+
+
+def rows(built: Built, sql: str) -> list[dict]:
+    return query(built.snapshot, sql).to_pylist()
+
+
+def test_pairs_has_one_row_a_pair_with_its_fate_and_its_measures(built):
+    found = {row["uid"]: row for row in rows(built, "SELECT * FROM pairs")}
+    assert len(found) == 6
+    first = found[PAIRS[0].uid]
+    assert list(first)[:16] == [
+        "uid",
+        "url",
+        "text",
+        "shard",
+        "refresh",
+        "status",
+        "reason",
+        "detail",
+        "duplicate_of",
+        "cluster",
+        "width",
+        "height",
+        "sha256",
+        "clip_score",
+        "source",
+        "extra",
+    ]
+    assert (first["status"], first["reason"], first["width"], first["shard"]) == ("kept", None, 32, 0)
+    assert first["clip_score"] == pytest.approx(0.3)
+    assert (first["original_width"], first["format"], first["source"]) == (64, "jpeg", "url_table:0")
+    assert not {"image", "clip_image", "clip_scores", "transform", "texts"} & set(first)
+    assert found[PAIRS[1].uid]["extra"] == '{"licence": "cc"}'
+    gone = found[PAIRS[3].uid]
+    assert (gone["status"], gone["reason"], gone["width"], gone["clip_score"]) == (
+        "dropped",
+        "http.not_found",
+        None,
+        None,
+    )
+    counts = rows(built, "SELECT status, count(*) AS n FROM pairs GROUP BY 1 ORDER BY 1")
+    assert counts == [{"status": "deferred", "n": 1}, {"status": "dropped", "n": 3}, {"status": "kept", "n": 2}]
+    assert rows(built, "SELECT count(*) AS n FROM pairs WHERE (reason IS NULL) != (status = 'kept')") == [{"n": 0}]
+
+
+def test_texts_has_one_row_a_text(built):
+    found = rows(built, f"SELECT * FROM texts WHERE uid = '{PAIRS[0].uid}' ORDER BY ordinal")
+    assert [(r["ordinal"], r["text"], r["source"], r["kept"]) for r in found] == [
+        (0, "a red circle", "web", True),
+        (1, "ein roter Kreis", "human", True),
+    ]
+    assert [r["clip_score"] for r in found] == pytest.approx([0.3, 0.1])
+    assert rows(built, "SELECT reason FROM texts WHERE text = 'gone'") == [{"reason": "http.not_found"}]
+
+
+def test_images_has_the_stored_images(built):
+    found = {row["uid"]: row for row in rows(built, "SELECT * FROM images")}
+    assert set(found) == {p.uid for p in PAIRS[:3]}
+    assert found[PAIRS[1].uid]["image"] == PAIRS[1].image
+    assert found[PAIRS[1].uid]["format"] == "png"
+
+
+def test_boxes_are_in_pixels_of_the_stored_image_and_inside_it(built):
+    assert rows(built, "SELECT * FROM boxes") == [
+        {"uid": PAIRS[0].uid, "label": "circle", "x1": 0, "y1": 2, "x2": 10, "y2": 24, "score": 1, "source": "human"}
+    ]
+
+
+def test_snapshots_and_instructions(built):
+    assert rows(built, "SELECT id, kept FROM snapshots") == [{"id": 1, "kept": 2}]
+    assert query(built.snapshot, "FROM instructions").column_names == [
+        "uid",
+        "kind",
+        "messages",
+        "writer",
+        "prompt_digest",
+    ]
+
+
+@pytest.mark.parametrize(
+    "sql", ["SHOW TABLES", "DESCRIBE pairs", "SUMMARIZE texts", "WITH a AS (FROM boxes) SELECT * FROM a"]
+)
+def test_ways_of_looking_around(built, sql):
+    assert rows(built, sql)
+
+
+def test_a_recipe_without_scores_leaves_nulls(tmp_path):
+    built = build(str(tmp_path), PAIRS[:2], clip=False)
+    assert rows(built, "SELECT DISTINCT clip_score FROM pairs") == [{"clip_score": None}]
+    table = query(built.snapshot, "SELECT clip_score, itm_score FROM texts")
+    assert table.schema.types == [pa.float32(), pa.float32()] and table["clip_score"].null_count == 3
+
+
+def test_tables_without_files_are_empty_with_the_right_types(tmp_path):
+    built = build(str(tmp_path), [PAIRS[5]])
+    assert [r["reason"] for r in rows(built, "FROM pairs")] == ["source.empty_url"]
+    full = build(str(tmp_path / "full"), PAIRS)
+    for view in VIEWS:
+        assert query(built.snapshot, f"FROM {view}").schema == query(full.snapshot, f"FROM {view}").schema
+    assert rows(built, "FROM images") == rows(built, "FROM boxes") == []
+
+
+def test_an_old_snapshot_stays_as_it_was(tmp_path):
+    build(str(tmp_path), PAIRS[:3])
+    later = [Pair(0, 0, "a red circle", ("ein roter Kreis",), reason="clip.below_threshold"), *PAIRS[1:]]
+    built = build(str(tmp_path), later)
+    count = "SELECT count(*) AS n, count(*) FILTER (status = 'kept') AS kept FROM pairs"
+    assert query(built.dataset.snapshot(1), count).to_pylist() == [{"n": 3, "kept": 2}]
+    assert query(built.dataset.snapshot(2), count).to_pylist() == [{"n": 6, "kept": 1}]
+
+
+class _Counted:
+    """A file that counts the bytes read from it."""
+
+    def __init__(self, file, read: list[int]):
+        self._file, self._read = file, read
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def read(self, size=-1):
+        data = self._file.read(size)
+        self._read.append(len(data))
+        return data
+
+
+def test_image_bytes_are_read_only_when_asked_for(tmp_path, monkeypatch):
+    built = build(str(tmp_path), [Pair(n, 0, size=(300, 300), format="png") for n in range(12)])
+    volume = sum(f.size for f in built.snapshot.files(IMAGES_TABLE))
+    read: list[int] = []
+    plain = _SnapshotFiles._open
+    monkeypatch.setattr(_SnapshotFiles, "_open", lambda *args, **options: _Counted(plain(*args, **options), read))
+    rows(built, "SELECT sum(width) FROM images")
+    rows(built, "SELECT * FROM pairs")
+    assert 0 < sum(read) < volume / 3
+    rows(built, "SELECT sum(octet_length(image)) FROM images")
+    assert sum(read) > volume / 2
+
+
+@pytest.mark.parametrize("sql", ["SELECT nothing FROM pairs", "SELEC", "SELECT * FROM elsewhere", "SELECT 1/0 +", ""])
+def test_wrong_sql_names_the_views(built, sql):
+    with pytest.raises(ConfigError) as caught:
+        query(built.snapshot, sql)
+    assert "pairs, texts, images" in str(caught.value) or "one SELECT" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "COPY pairs TO '{out}'",
+        "SELECT 1; SELECT 2",
+        "SELECT * FROM read_text('/etc/hostname')",
+        "SELECT * FROM '{inside}'",
+        "SELECT * FROM glob('/*')",
+        "ATTACH '{out}'",
+        "INSTALL httpfs",
+        "SET enable_external_access = true",
+        "DROP VIEW pairs",
+        "EXPLAIN ANALYZE COPY pairs TO '{out}'",
+        "SELECT * FROM read_csv('http://127.0.0.1:1/x.csv')",
+    ],
+)
+def test_a_query_cannot_write_or_read_elsewhere(built, tmp_path, sql):
+    inside = built.dataset.path(".secret.csv")
+    with open(inside, "w", encoding="utf-8") as file:
+        file.write("a,b\n1,2\n")
+    with pytest.raises(ConfigError):
+        query(built.snapshot, sql.format(out=tmp_path / "out.parquet", inside=inside))
+    assert not list(tmp_path.iterdir())
+    assert query(built.snapshot, "FROM read_text('snapshot:///etc/hostname')").num_rows == 0
+
+
+@pytest.mark.parametrize("target", ["{out}", "snapshot://new.parquet", "{dataset}/new.parquet"])
+def test_not_even_the_connection_itself_can_write(built, tmp_path, target):
+    target = target.format(out=tmp_path / "x.parquet", dataset=built.dataset.root.replace("'", "''"))
+    with connect(built.snapshot) as connection, pytest.raises(duckdb.Error):
+        connection.execute(f"COPY (SELECT 1) TO '{target}'")
+
+
+def test_a_remote_dataset_reads_through_fsspec(tmp_path):
+    """All that the views need goes through the dataset's own file system."""
+    built = build(str(tmp_path), PAIRS)
+    snapshot, memory = built.snapshot, fsspec.filesystem("memory")
+    for file in [f for table in snapshot.record.tables for f in snapshot.files(table)]:
+        memory.pipe_file(file.path, Path(file.path).read_bytes())
+        Path(file.path).unlink()
+    snapshot.dataset.fs = memory
+    assert query(snapshot, "SELECT count(*) AS n FROM pairs WHERE width > 0").to_pylist() == [{"n": 3}]
