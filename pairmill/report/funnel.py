@@ -60,8 +60,9 @@ def check_funnel(record: SnapshotRecord) -> None:
         reasons = entry["reasons"]
         if entry["entered"] != left or entry["entered"] != entry["left"] + sum(reasons.values()):
             raise ContractError(
-                f"snapshot {record.id}: the funnel does not add up at step {entry['step']!r}: {left} left the step before, "
-                f"{entry['entered']} entered, {sum(reasons.values())} went out, {entry['left']} were left. This is a defect"
+                f"snapshot {record.id}: the funnel does not add up at step {entry['step']!r}: {left} left the step "
+                f"before, {entry['entered']} entered, {sum(reasons.values())} went out, {entry['left']} were left. "
+                "This is a defect"
             )
         found.update(reasons)
         left = entry["left"]

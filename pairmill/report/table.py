@@ -44,5 +44,7 @@ def print_table(
         table.add_row(*(Text(cell(value)) for value in row))
     console = Console(file=stream, highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
-        console = Console(file=stream, highlight=False, no_color=True, width=max(80, 3 + console.measure(table).maximum))
+        console = Console(
+            file=stream, highlight=False, no_color=True, width=max(80, 3 + console.measure(table).maximum)
+        )
     console.print(table, soft_wrap=False)

@@ -1,0 +1,5 @@
+"""`python -m pairmill`."""
+
+from pairmill.cli import main
+
+main()

@@ -1,0 +1,520 @@
+"""The command: it turns arguments into calls and errors into exit codes. A verb imports what it needs when it runs.
+
+Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong; 130 interrupted, run it again to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from pairmill import __version__
+from pairmill.errors import ConfigError, PairmillError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pairmill.run import RunReport
+    from schemas.snapshot import SnapshotRecord
+
+POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
+"""Top-level packages with names so general that another checkout could stand in front of ours."""
+
+INTERRUPTED = 130
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG.yaml", help="the config; see docs/config.md", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override one key of the config; may be repeated"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for programs")]
+DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="a path, s3://... or gs://...", show_default=False)]
+SnapshotId = Annotated[
+    int | None,
+    typer.Option("--snapshot", metavar="N", help="a snapshot by its number; the latest one without it"),
+]
+
+app = typer.Typer(
+    name="pairmill",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: quick, and its examples can be copied
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train the models that the stages use.")
+app.add_typer(train, name="train")
+
+
+class TableFormat(str, Enum):
+    """How `pairmill sql` prints rows."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+
+
+class ExportFormat(str, Enum):
+    """What `pairmill export` writes."""
+
+    WEBDATASET = "webdataset"
+    PARQUET = "parquet"
+
+
+class EngineKind(str, Enum):
+    """Where the demo's stages run."""
+
+    RAY = "ray"
+    LOCAL = "local"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pairmill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="PAIRMILL_DEBUG", help="log more, and show tracebacks")
+    ] = False,
+    version: Annotated[  # noqa: ARG001 (its callback acts)
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """From lists of web image URLs with alt text to clean training data for vision-language models.
+
+    \b
+    Examples:
+      pairmill demo --pairs 2000 --out demo
+      pairmill run config.yaml
+      pairmill sql out/my-dataset "SELECT reason, count(*) FROM pairs GROUP BY 1"
+
+    Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong;
+    130 interrupted, run it again to go on.
+    """
+    import logging
+
+    from pairmill.report.logs import configure_logging
+
+    if debug:
+        os.environ["PAIRMILL_DEBUG"] = "1"
+    configure_logging(sys.stderr, logging.DEBUG if debug else logging.INFO)
+    check_checkout()
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    retry_deferred: Annotated[
+        bool,
+        typer.Option("--retry-deferred", help="try rows again that failed in a way that may pass"),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Admit new pairs, bring every stage up to date, publish a snapshot. Run again, it does only what is new.
+
+    \b
+    Examples:
+      pairmill run config.yaml
+      pairmill run config.yaml --set keep.clip_score='">= 0.3"' --set engine.kind=local
+      pairmill run config.yaml --retry-deferred
+    """
+    from pairmill.report.progress import reporter_for
+    from pairmill.run import load_config, refresh
+
+    loaded = load_config(config, overrides or [])
+    with reporter_for(sys.stderr) as reporter:
+        report = refresh(loaded, reporter, retry_deferred=retry_deferred)
+    if as_json:
+        _print_json(_run_json(report))
+    else:
+        _print_run(loaded.dataset, report)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would do, and change nothing.
+
+    \b
+    Examples:
+      pairmill plan config.yaml
+      pairmill plan config.yaml --set models.clip=tiny --json
+    """
+    from dataclasses import asdict
+
+    from pairmill.report.progress import reporter_for
+    from pairmill.report.table import print_table
+    from pairmill.run import load_config
+    from pairmill.run import plan as make_plan
+
+    loaded = load_config(config, overrides or [])
+    with reporter_for(sys.stderr) as reporter:
+        report = make_plan(loaded, reporter)
+    if as_json:
+        _print_json(asdict(report))
+        return
+    header = ("step", "kind", "rows_done", "rows_todo", "note")
+    rows = [[step.get(name) for name in header] for step in report.steps]
+    print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=("rows done", "rows todo"))
+    typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {_shown(loaded.dataset)}.")
+
+
+@app.command()
+def status(dataset: DatasetUrl, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
+    """Show a snapshot: its counts, its funnel and what was deferred.
+
+    \b
+    Examples:
+      pairmill status out/my-dataset
+      pairmill status s3://bucket/my-dataset --json
+    """
+    from pairmill.store import Dataset
+
+    record = Dataset(dataset).snapshot(snapshot).record
+    if as_json:
+        _print_json(_record_json(record))
+    else:
+        _print_snapshot(dataset, record)
+
+
+@app.command()
+def snapshots(dataset: DatasetUrl, as_json: AsJson = False) -> None:
+    """List the snapshots of a dataset, oldest first. Old ones stay readable: --snapshot N.
+
+    \b
+    Examples:
+      pairmill snapshots out/my-dataset
+      pairmill sql out/my-dataset --snapshot 1 "SELECT count(*) FROM pairs"
+    """
+    from pairmill.report.table import print_table
+    from pairmill.store import Dataset
+
+    opened = Dataset(dataset)
+    records = opened.snapshots() or [opened.snapshot().record]  # without any, snapshot() says what is wrong
+    if as_json:
+        _print_json([_record_json(record) for record in records])
+        return
+    header = ("id", "created_at", "recipe", "refresh", "admitted", "kept", "dropped", "deferred", "seconds")
+    rows = [[getattr(record, name) for name in header] for record in records]
+    numbers = {"id", "refresh", "admitted", "kept", "dropped", "deferred", "seconds"}
+    print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=numbers)
+
+
+@app.command()
+def sql(
+    dataset: DatasetUrl,
+    query: Annotated[str, typer.Argument(metavar="SQL", help="one SELECT of DuckDB's", show_default=False)],
+    output: Annotated[
+        TableFormat, typer.Option("--format", help="table cuts long values; json and csv have them whole")
+    ] = TableFormat.TABLE,
+    snapshot: SnapshotId = None,
+) -> None:
+    """Ask a snapshot a question. Views: pairs, texts, images, boxes, instructions, snapshots.
+
+    \b
+    Examples:
+      pairmill sql out/my-dataset "SELECT reason, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC"
+      pairmill sql out/my-dataset "DESCRIBE pairs"
+      pairmill sql out/my-dataset --format csv "SELECT url FROM pairs WHERE status = 'kept'" > kept.csv
+    """
+    from pairmill.query import query as ask
+    from pairmill.report.rows import print_csv, print_json_rows, print_rows
+    from pairmill.store import Dataset
+
+    rows = ask(Dataset(dataset).snapshot(snapshot), query)
+    printers = {TableFormat.TABLE: print_rows, TableFormat.JSON: print_json_rows, TableFormat.CSV: print_csv}
+    printers[output](rows, sys.stdout)
+
+
+@app.command()
+def export(
+    dataset: DatasetUrl,
+    output: Annotated[ExportFormat, typer.Option("--format", help="what to write", show_default=False)],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="folder to write to", show_default=False)],
+    where: Annotated[
+        str | None,
+        typer.Option("--where", metavar="SQL", help="a condition over the columns of the view pairs"),
+    ] = None,
+    snapshot: SnapshotId = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the kept pairs of a snapshot as files to train from.
+
+    \b
+    Examples:
+      pairmill export out/my-dataset --format webdataset --out shards
+      pairmill export out/my-dataset --format parquet --out table --where "clip_score > 0.3 AND width >= 512"
+    """
+    from dataclasses import asdict
+
+    from pairmill.export.parquet import export_parquet
+    from pairmill.export.webdataset import export_webdataset
+    from pairmill.store import Dataset
+
+    write = export_webdataset if output is ExportFormat.WEBDATASET else export_parquet
+    report = write(Dataset(dataset).snapshot(snapshot), out, where=where)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        typer.echo(f"{report.samples:,} samples in {report.files:,} files, {report.bytes / 1e6:,.1f} MB: {_shown(out)}")
+
+
+@train.command("clip")
+def train_clip(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a small CLIP on procedural scenes; interrupted, the same command goes on from its checkpoint.
+
+    \b
+    Examples:
+      pairmill train clip examples/train-tiny-clip.yaml
+      pairmill train clip examples/train-tiny-clip.yaml --set steps=200 --set out=out/quick
+    """
+    from pairmill.config_file import read_config
+    from pairmill.report.progress import reporter_for
+    from pairmill.train.clip import TrainClipConfig
+    from pairmill.train.clip import train_clip as fit
+
+    loaded = read_config(TrainClipConfig, config, overrides or [])
+    with reporter_for(sys.stderr) as reporter:
+        report = fit(loaded, progress=_TrainingLines(reporter).tell)
+    if as_json:
+        _print_json({"out": str(report.out), "seconds": report.seconds, "metrics": dict(report.metrics)})
+        return
+    typer.echo(
+        f"trained in {report.seconds:,.0f} s, loss {report.first_loss:.3f} to {report.last_loss:.3f}: {report.out}"
+    )
+    for name, value in report.metrics.items():
+        typer.echo(f"  {name}: {value}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: Python, packages, Ray, GPU, memory, limits, the shipped model. Says what to do.
+
+    \b
+    Examples:
+      pairmill doctor
+      pairmill doctor --json
+    """
+    from dataclasses import asdict
+
+    from pairmill.doctor import Level, examine
+
+    findings = examine()
+    failed = any(f.level is Level.FAIL for f in findings)
+    if as_json:
+        _print_json({"ok": not failed, "findings": [{**asdict(f), "level": f.level.value} for f in findings]})
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.level.value:4}  {finding.check}: {finding.message}")
+            if finding.fix:
+                typer.echo(f"      {finding.fix}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    pairs: Annotated[int, typer.Option("--pairs", min=10, metavar="N", help="pairs on the procedural web")] = 2000,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="folder to write to")] = "demo",
+    seed: Annotated[int, typer.Option("--seed", help="another web")] = 0,
+    engine: Annotated[EngineKind, typer.Option("--engine", help="where the stages run")] = EngineKind.RAY,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """The main job offline: a loopback web of procedural pictures whose truth is known, the shipped model, an export.
+
+    \b
+    Examples:
+      pairmill demo
+      pairmill demo --pairs 500 --out /tmp/demo --engine local
+    """
+    from dataclasses import asdict
+
+    from pairmill.demo import run_demo
+    from pairmill.report.progress import reporter_for
+
+    with reporter_for(sys.stderr) as reporter:
+        report = run_demo(pairs, out, reporter, seed=seed, engine=engine.value, overrides=tuple(overrides or ()))
+    if as_json:
+        _print_json({"out": str(report.out), "run": _run_json(report.run), "metrics": asdict(report.metrics)})
+        return
+    _print_run(str(report.out / "dataset"), report.run)
+    _print_demo(report.out, asdict(report.metrics))
+
+
+# -- what the verbs print ---------------------------------------------------------------------------------------------
+
+
+def _run_json(report: RunReport) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(report), "snapshot": _record_json(report.snapshot) if report.snapshot else None}
+
+
+def _record_json(record: SnapshotRecord) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from pairmill.report.funnel import check_funnel
+    from pairmill.report.text import without_secrets
+
+    check_funnel(record)
+    return {**asdict(record), "config": without_secrets(record.config)}
+
+
+def _print_run(dataset: str, report: RunReport) -> None:
+    if report.snapshot is None:
+        typer.echo("The sources hold no rows: nothing was done.")
+        return
+    _print_snapshot(dataset, report.snapshot)
+    computed = ", ".join(f"{stage} {rows:,}" for stage, rows in report.computed.items()) or "nothing"
+    published = "published" if report.published else "nothing new: still"
+    typer.echo(
+        f"\n{published} snapshot {report.snapshot.id} in {report.seconds:,.1f} s; {report.admitted_new:,} new pairs, "
+        f"{report.known:,} known, {report.repeated:,} repeated; rows computed: {computed}"
+    )
+
+
+def _print_snapshot(dataset: str, record: SnapshotRecord) -> None:
+    from pairmill.report.funnel import print_funnel
+
+    typer.echo(f"{_shown(dataset)}: snapshot {record.id} of {record.created_at}, recipe {record.recipe}\n")
+    print_funnel(record, sys.stdout)
+    if record.deferred:
+        typer.echo("Deferred pairs are tried again by `pairmill run CONFIG.yaml --retry-deferred`.")
+
+
+def _print_demo(out: Path, metrics: Mapping[str, Any]) -> None:
+    texts = f"{metrics['true_texts_in']:.1%} of what came in, {metrics['true_texts_kept']:.1%} of what is kept"
+    lines = {
+        "true texts": texts,
+        "false texts caught": "precision {precision:.3f}, recall {recall:.3f}".format(**metrics["mismatched"]),
+        "duplicates caught": "precision {precision:.3f}, recall {recall:.3f}".format(**metrics["duplicates"]),
+        "broken pictures kept": f"{metrics['broken_kept']:,}",
+        "exported": f"{metrics['exported']:,} samples",
+    }
+    typer.echo("\nAgainst the truth that the web knows:")
+    for name, text in lines.items():
+        typer.echo(f"  {name:22}{text}")
+    typer.echo(f"\n{out}/ holds dataset/, export/, urls.parquet, truth.parquet, config.yaml and metrics.json. Next:")
+    typer.echo(f"  pairmill status {out}/dataset")
+    typer.echo(f'  pairmill sql {out}/dataset "SELECT status, reason, count(*) FROM pairs GROUP BY ALL"')  # noqa: S608 (shown, not run)
+
+
+class _TrainingLines:
+    """A training's progress as segments of a reporter."""
+
+    def __init__(self, reporter: Any) -> None:
+        self._reporter = reporter
+        self._stage: str | None = None
+        self._step = 0
+
+    def tell(self, progress: Any) -> None:
+        """Take one report of the training."""
+        if progress.stage != self._stage:
+            self._reporter.finish()
+            self._stage, self._step = progress.stage, 0
+            self._reporter.start(progress.stage, progress.steps)
+        self._reporter.advance(progress.step - self._step, {})
+        self._step = progress.step
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _shown(url: str) -> str:
+    from pairmill.report.text import visible, without_secrets
+
+    return visible(without_secrets(url))
+
+
+# -- start and end ----------------------------------------------------------------------------------------------------
+
+
+def check_checkout(packages: Sequence[str] = POLICY_PACKAGES) -> None:
+    """Make sure that the packages with general names are the ones beside this one.
+
+    Raises:
+        ConfigError: another package of the name stands in front of ours on the import path, or ours is not there.
+    """
+    from importlib.util import find_spec
+
+    home = Path(__file__).resolve().parent.parent
+    for name in packages:
+        spec = find_spec(name)
+        if spec is None:
+            raise ConfigError(f"the package {name!r} is missing beside {home / 'pairmill'}; install pairmill again")
+        if spec.origin is None or Path(spec.origin).resolve().parent.parent != home:
+            found = spec.origin or next(iter(spec.submodule_search_locations or ()), "somewhere else")
+            raise ConfigError(
+                f"the package {name!r} is imported from {found}, not from {home}; take that one off the import path "
+                "(PYTHONPATH, or run from another folder), or install pairmill in an environment of its own"
+            )
+
+
+def main() -> NoReturn:
+    """Run the command and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(prog_name="pairmill")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer turns Ctrl-C into this
+            _say("interrupted; run the same command again to go on")
+        raise
+    except PairmillError as error:
+        _explain(error)
+        sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 (the last line of defence: it is shown whole)
+        _explain_defect(error)
+        sys.exit(1)
+    raise SystemExit(0)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """SIGTERM, as schedulers send it before they kill, ends a run as Ctrl-C does: what is finished is committed."""
+    raise KeyboardInterrupt
+
+
+def _explain(error: PairmillError) -> None:
+    if os.environ.get("PAIRMILL_DEBUG"):
+        _print_traceback(error)
+    _say(f"error: {error}")
+
+
+def _explain_defect(error: Exception) -> None:
+    _print_traceback(error)
+    _say(
+        f"error: {type(error).__name__}: {error}\nThis is a defect of pairmill {__version__}, not of your data or "
+        "config; please report it with the traceback above. What was finished is kept."
+    )
+
+
+def _print_traceback(error: Exception) -> None:
+    import traceback
+
+    _say("".join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip())
+
+
+def _say(message: str) -> None:
+    """Print on stderr, without secrets and control characters."""
+    from pairmill.report.text import visible, without_secrets
+
+    for line in without_secrets(message).splitlines():
+        typer.echo("    ".join(visible(part) for part in line.split("\t")), err=True)
+
+
+if __name__ == "__main__":
+    main()
