@@ -162,11 +162,12 @@ def check_descriptors(limit: int | None = None, concurrency: int | None = None) 
 _MODEL = """
 import json
 from pairmill.models import ModelRef, load_clip
+from schemas.config import ModelChoice
 import torch
 found = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 found["gpus"] = [torch.cuda.get_device_name(i) for i in range(count)]
-clip = load_clip(ModelRef(name="tiny"), device="cpu")
+clip = load_clip(ModelRef.of(ModelChoice(name="tiny")), device="cpu")
 import torchvision
 found["torchvision"] = torchvision.__version__
 found["declared"] = bool(__import__("pairmill._torchvision")._torchvision._declared)
