@@ -107,7 +107,7 @@ class Loader:
 
         self.close()
         handle: Any = fsspec.open(path, "rb").open()
-        opened: IO[bytes] = gzip.GzipFile(fileobj=handle) if path.lower().endswith((".gz", ".tgz")) else handle
+        opened: Any = gzip.GzipFile(fileobj=handle) if path.lower().endswith((".gz", ".tgz")) else handle
         self._handle, self._path = opened, path
         return opened
 
