@@ -1,0 +1,1 @@
+"""Policy: what is measured of a pair, and which pairs are kept."""

@@ -1,0 +1,78 @@
+"""How well image and texts fit: cosines of CLIP embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from filters.image_rules import missing_image, with_image
+from pairmill.models import ModelRef, Vectors, load_clip
+from pairmill.stage import Batch, Kernel, Resources, Stage
+from schemas import fields
+from schemas.config import Models
+
+
+@dataclass(frozen=True)
+class ClipScore(Stage):
+    """The image's embedding, its cosine with each text, and that with the first text, the alt text.
+
+    A row without image is dropped; with an empty (or null) list of texts its scores are null; a null text has a null
+    score. Results do not depend on the number of rows a kernel call has or on threads, to the last bit (see
+    `pairmill.models.LoadedClip`). `precision` is part of the identity. `device` and `batch` are not: they move a
+    score in its last bits only (fp32: by less than 1e-6), which no threshold should rest on.
+    """
+
+    name = "clip"
+    reads = (fields.IMAGE.name, fields.TEXTS.name)
+    writes = (fields.CLIP_IMAGE, fields.CLIP_SCORES, fields.CLIP_SCORE)
+
+    model: ModelRef
+    precision: str = "fp32"
+    device: str = field(default="auto", metadata={"identity": False})
+    batch: int = field(default=32, metadata={"identity": False})
+    """Rows a forward pass."""
+
+    @classmethod
+    def of(cls, models: Models) -> ClipScore:
+        """The stage that a config asks for."""
+        return cls(ModelRef.of(models.clip), models.precision, models.device, models.batch)
+
+    @property
+    def resources(self) -> Resources:  # type: ignore[override]
+        """One GPU where the config says cuda; ``auto`` uses one that is there and asks a cluster for none."""
+        return Resources(cpus=1.0, gpus=1.0 if self.device == "cuda" else 0.0, rows=256, actor=True)
+
+    def open(self) -> Kernel:
+        """Load the model."""
+        clip = load_clip(self.model, self.device, self.precision)
+
+        def kernel(batch: Batch) -> pa.Table:
+            rows, positions = with_image(batch)
+            images = clip.embed_images(rows.images(), self.batch)
+            texts = [[t["text"] for t in row or ()] for row in rows.pylist(fields.TEXTS.name)]
+            flat = [(i, text) for i, row in enumerate(texts) for text in row if text is not None]
+            vectors = clip.embed_texts([text for _, text in flat], self.batch)
+            cosines = iter(_cosines(images[[i for i, _ in flat]], vectors) if flat else ())
+            scores = [[None if text is None else next(cosines) for text in row] or None for row in texts]
+            first = [row[0] if row else None for row in scores]
+            columns = zip(self.writes, (list(images), scores, first), strict=True)
+            measured = {f.name: _scatter(values, positions, len(batch), f) for f, values in columns}
+            return pa.table(measured | missing_image(len(batch), positions))
+
+        return kernel
+
+
+def _cosines(left: Vectors, right: Vectors) -> list[float]:
+    """Row by row inner products of unit vectors, each summed on its own in float64."""
+    return [min(1.0, max(-1.0, float(row.sum()))) for row in left.astype(np.float64) * right]
+
+
+def _scatter(values: list[Any], positions: list[int], count: int, field_: pa.Field) -> pa.Array:
+    """`values` at their positions among `count` rows, null elsewhere."""
+    column: list[Any] = [None] * count
+    for position, value in zip(positions, values, strict=True):
+        column[position] = value
+    return pa.array(column, field_.type)

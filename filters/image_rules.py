@@ -1,0 +1,51 @@
+"""Measures of pixels that cost next to nothing. Sides and aspect need none: they are columns of the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pairmill.stage import Batch, Kernel, Resources, Stage
+from schemas import fields
+from schemas.reasons import Reason
+
+
+def with_image(batch: Batch) -> tuple[Batch, list[int]]:
+    """The rows of a batch that have an image, and their positions."""
+    present = pc.is_valid(batch.column(fields.IMAGE.name)).to_pylist()
+    positions = [i for i, there in enumerate(present) if there]
+    return Batch(batch.table.take(pa.array(positions, pa.int64())), batch.pixels), positions
+
+
+def missing_image(count: int, positions: list[int]) -> dict[str, pa.Array]:
+    """The columns ``reason`` and ``detail`` of a kernel's output: `Reason.IMAGE_MISSING` outside `positions`."""
+    there = set(positions)
+    reason = [None if i in there else Reason.IMAGE_MISSING.value for i in range(count)]
+    detail = [None if i in there else "the row has no image" for i in range(count)]
+    return {"reason": pa.array(reason, pa.string()), "detail": pa.array(detail, pa.string())}
+
+
+@dataclass(frozen=True)
+class ImageStats(Stage):
+    """Contrast of the stored image: standard deviation of its grey levels, 0 to 255. A row without image is dropped."""
+
+    name = "image"
+    resources = Resources()
+    reads = (fields.IMAGE.name,)
+    writes = (fields.CONTRAST,)
+
+    def open(self) -> Kernel:
+        """Nothing to load."""
+        from PIL import ImageStat
+
+        def kernel(batch: Batch) -> pa.Table:
+            rows, positions = with_image(batch)
+            contrast: list[float | None] = [None] * len(batch)
+            for position, image in zip(positions, rows.images(), strict=True):
+                contrast[position] = ImageStat.Stat(image.convert("L")).stddev[0]
+            measured = {fields.CONTRAST.name: pa.array(contrast, pa.float32())}
+            return pa.table(measured | missing_image(len(batch), positions))
+
+        return kernel
