@@ -1,7 +1,7 @@
 """The demo: the main job, offline, on a procedural web whose truth is known, with the shipped tiny models.
 
-A loopback server plays the web; the ordinary recipe runs over its URL list; the result is exported; and only then is the
-ledger compared with the ground truth that the server wrote beside it.
+A loopback server plays the web; the ordinary recipe runs over its URL list; the result is exported; and only then is
+the ledger compared with the ground truth that the server wrote beside it.
 """
 
 from __future__ import annotations

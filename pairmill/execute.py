@@ -1,8 +1,9 @@
 """Running a plan over stored columns: what is left to do, who is live, and the work of one worker on one shard.
 
-`replay` walks the steps of a plan over what the store already holds. The driver uses it to find the work and to publish;
-nothing is computed but verdicts. `run_group` is what a worker does on every engine: it walks the same steps over one
-shard, computes the rows that a stage's table lacks, writes them to a file and returns its description for the commit.
+`replay` walks the steps of a plan over what the store already holds. The driver uses it to find the work and to
+publish; nothing is computed but verdicts. `run_group` is what a worker does on every engine: it walks the same steps
+over one shard, computes the rows that a stage's table lacks, writes them to a file and returns its description for the
+commit.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from pairmill.stage import (
     Verdict,
     apply,
     output_schema,
+    quarantined,
 )
 from pairmill.store import PAIRS_TABLE, DataFile, Dataset, ShardWriter, existing_file, read_files
 from schemas import fields
+from schemas.reasons import Reason
 
 
 def table_schema(plan: Plan, table: str) -> pa.Schema:
@@ -233,7 +236,7 @@ def judge(planned: PlannedStep, frame: Frame, rows: np.ndarray) -> Judgement:
             ("cluster", answer.cluster),
         )
     }
-    return Judgement(**columns)  # type: ignore[arg-type]
+    return Judgement(**columns)
 
 
 def sorted_by_uid(frame: Frame, rows: np.ndarray) -> np.ndarray:
@@ -329,12 +332,50 @@ def unpack(text: str, rows: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=rows).astype(bool)
 
 
+@dataclass
+class Care:
+    """How to run a shard again that killed its worker: with a journal of kernel calls, and smaller calls."""
+
+    journal: str
+    """Path of a file that names the stage and the uids of the kernel call under way."""
+    rows: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By stage and uid: rows a call at most."""
+    crashed: dict[str, list[str]] = field(default_factory=dict)
+    """By stage: uids that killed a worker on their own; they are quarantined without another try."""
+
+    def note(self, stage: str, uids: list[str]) -> None:
+        """Say what is about to run."""
+        with open(self.journal, "w", encoding="utf-8") as file:
+            json.dump([stage, uids], file)
+
+    def parts(self, stage: str, uids: list[str]) -> Iterator[tuple[slice, bool]]:
+        """Cut a call into parts: rows, and whether they are to be quarantined."""
+        crashed = set(self.crashed.get(stage, ()))
+        limits = self.rows.get(stage, {})
+        start = 0
+        while start < len(uids):
+            if uids[start] in crashed:
+                yield slice(start, start + 1), True
+                start += 1
+                continue
+            end, limit = start + 1, limits.get(uids[start], len(uids))
+            while end < len(uids) and end - start < limit and uids[end] not in crashed:
+                limit = min(limit, limits.get(uids[end], len(uids)))
+                if end - start >= limit:
+                    break
+                end += 1
+            yield slice(start, end), False
+            start = end
+
+
 class Worker:
     """Holds the opened kernels of a group; lives as long as the process or actor it is in."""
 
-    def __init__(self, job: Job, group: int) -> None:
+    def __init__(self, job: Job, group: int, care: Care | None = None) -> None:
         self.job = job
+        self.group = group
         self._group = job.groups[group]
+        self._care = care
         self._dataset = Dataset(job.dataset)
         self._kernels: dict[int, Kernel] = {}
         self._pixels = PixelCache()
@@ -359,7 +400,7 @@ class Worker:
                 for file in adopted:
                     frame.adopt(planned.table, file)
                     outputs.append({"table": planned.table, **asdict(file)})
-        walk = _Walk(self.job, self._group, frame, live, self._kernel, self._pixels)
+        walk = _Walk(self.job, self._group, frame, live, self._kernel, self._pixels, self._care)
         with contextlib.ExitStack() as stack:
             writers: dict[int, ShardWriter] = {}
 
@@ -418,12 +459,14 @@ class _Walk:
         live: np.ndarray,
         kernel: Callable[[PlannedStep], Kernel],
         pixels: PixelCache,
+        care: Care | None,
     ) -> None:
         self._job = job
         self._group = group
         self._frame = frame
         self._kernel = kernel
         self._pixels = pixels
+        self._care = care
         self.live = live
         self.computed: dict[str, int] = {}
         self.dropped: Counter[str] = Counter()
@@ -464,11 +507,27 @@ class _Walk:
         )
         kernel = self._kernel(planned)
         begin = time.perf_counter()
-        output = apply(stage, kernel, Batch(self._frame.table(stage.reads, lacking), self._pixels), budget)
+        batch = Batch(self._frame.table(stage.reads, lacking), self._pixels)
+        output = self._apply(stage, kernel, batch, budget)
         self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + time.perf_counter() - begin
         self.computed[stage.name] = self.computed.get(stage.name, 0) + len(lacking)
         self._frame.part(planned.table).append(lacking, output)
         write(planned, output)
+
+    def _apply(self, stage: Stage, kernel: Kernel, batch: Batch, budget: ErrorBudget) -> pa.Table:
+        if self._care is None:
+            return apply(stage, kernel, batch, budget)
+        outputs = []
+        uids = batch.pylist("uid")
+        for rows, crashed in self._care.parts(stage.name, uids):
+            part = batch.slice(rows.start, rows.stop - rows.start)
+            if crashed:
+                budget.spend(stage.name, RuntimeError(f"the process died on {uids[rows.start]}"))
+                outputs.append(quarantined(stage, part, Reason.ERROR_CRASH, f"{stage.name}: its process died"))
+            else:
+                self._care.note(stage.name, uids[rows])
+                outputs.append(apply(stage, kernel, part, budget))
+        return pa.concat_tables(outputs)
 
 
 def units_to_do(plan: Plan, segment: int, frame: Frame, files: Mapping[str, Sequence[DataFile]]) -> Iterator[Unit]:

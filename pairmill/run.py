@@ -21,9 +21,10 @@ import yaml
 
 from pairmill import config_file
 from pairmill.admission import Admission, admit
-from pairmill.engines import open_engine, raise_failure
+from pairmill.engines import open_engine
 from pairmill.errors import ConfigError, ContractError, PlanError
 from pairmill.execute import Frame, Job, State, Unit, replay, sorted_by_uid, table_schema, units_to_do
+from pairmill.isolate import raise_failure
 from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan
 from pairmill.report.progress import Reporter
 from pairmill.stage import ErrorBudget, GlobalStage

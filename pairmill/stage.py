@@ -102,7 +102,8 @@ class Batch:
 
 Kernel = Callable[[Batch], pa.Table]
 """Maps a batch to a table with as many rows, in the same order: the stage's ``writes``, and optionally ``reason`` and
-``detail`` for rows that could not be measured (such rows are dropped or deferred, and their other columns may be null)."""
+``detail`` for rows that could not be measured (such rows are dropped or deferred, and their other columns may be
+null)."""
 
 
 class Step:
@@ -233,8 +234,9 @@ class ErrorBudget:
         if self.errors > max(self.min_rows, self.max_fraction * self.rows):
             raise StageFailed(
                 f"stage {stage!r}: {self.errors} of {self.rows} rows failed, more than the error budget allows "
-                f"(errors.min_rows={self.min_rows}, errors.max_fraction={self.max_fraction}). Mend the cause or raise the "
-                f"budget in the config; nothing that was finished is lost. The first failure was:\n{self.first_traceback}"
+                f"(errors.min_rows={self.min_rows}, errors.max_fraction={self.max_fraction}). Mend the cause or raise "
+                "the budget in the config; nothing that was finished is lost. The first failure was:\n"
+                f"{self.first_traceback}"
             )
 
 
@@ -260,7 +262,7 @@ def apply(stage: Stage, kernel: Kernel, batch: Batch, budget: ErrorBudget) -> pa
         output = kernel(batch)
     except PROGRAMMING_ERRORS:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever a row provokes must not cost the other rows)
         if len(batch) == 1:
             budget.spend(stage.name, error)
             return _quarantine(stage, batch, error)
@@ -276,10 +278,19 @@ def apply(stage: Stage, kernel: Kernel, batch: Batch, budget: ErrorBudget) -> pa
 def _quarantine(stage: Stage, batch: Batch, error: Exception) -> pa.Table:
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch.cuda's
     reason = Reason.ERROR_MEMORY if out_of_memory else Reason.ERROR_KERNEL
-    detail = f"{stage.name}: {type(error).__name__}: {error}"[:500]
+    return quarantined(stage, batch, reason, f"{stage.name}: {type(error).__name__}: {error}")
+
+
+def quarantined(stage: Stage, batch: Batch, reason: Reason, detail: str) -> pa.Table:
+    """Rows of `output_schema` that say why a stage has no measure for these rows."""
+    rows = len(batch)
     schema = output_schema(stage)
-    columns = {name: pa.nulls(1, schema.field(name).type) for name in schema.names}
-    columns |= {"uid": batch.column("uid"), "reason": pa.array([reason.value]), "detail": pa.array([detail])}
+    columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names}
+    columns |= {
+        "uid": batch.column("uid"),
+        "reason": pa.array([reason.value] * rows),
+        "detail": pa.array([detail[:500]] * rows),
+    }
     return pa.table(columns, schema=schema)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -76,7 +76,7 @@ class Img2DatasetParquet(Section):
     path: str = Field(description="parquet file, glob or folder")
 
 
-Source = Annotated[Union[UrlTable, ImageFolder, WebDataset, Img2DatasetParquet], Field(discriminator="kind")]
+Source = Annotated[UrlTable | ImageFolder | WebDataset | Img2DatasetParquet, Field(discriminator="kind")]
 
 
 # -- download ---------------------------------------------------------------------------------------------------------

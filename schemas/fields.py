@@ -17,7 +17,8 @@ URL = pa.field("url", pa.string())
 TEXT = pa.field("text", pa.string())
 """The alt text: the first of `TEXTS`."""
 TEXTS = pa.field("texts", pa.list_(pa.struct([pa.field("text", pa.string()), pa.field("source", pa.string())])))
-"""All texts that came with the pair, the web text first. ``source`` is web or human; synthetic texts are other columns."""
+"""All texts that came with the pair, the web text first. ``source`` is web or human; synthetic texts are other
+columns."""
 BOX = pa.struct(
     [
         pa.field("label", pa.string()),

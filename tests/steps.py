@@ -25,16 +25,12 @@ from schemas.config import RunConfig
 from schemas.reasons import Reason
 
 
-def resources(**kwargs: float) -> Resources:
-    return field(default=Resources(**kwargs), compare=False, metadata={"identity": False})  # type: ignore[return-value, arg-type]
-
-
 @dataclass(frozen=True)
 class CountWords(Stage):
     """Writes `words`; a text with the word `poison` cannot be counted, one with `abort` kills its process."""
 
     log: str | None = field(default=None, compare=False, metadata={"identity": False})
-    resources: Resources = resources(rows=64)
+    resources: Resources = field(default=Resources(rows=64), compare=False, metadata={"identity": False})
     name = "words"
     reads = ("text",)
     writes = (fields.WORDS,)
@@ -59,7 +55,7 @@ class CountChars(Stage):
     """Writes `chars`, in a long-lived worker."""
 
     scale: int = 1
-    resources: Resources = resources(rows=32, actor=True)
+    resources: Resources = field(default=Resources(rows=32, actor=True), compare=False, metadata={"identity": False})
     name = "chars"
     reads = ("text", "words")
     writes = (fields.CHARS,)
@@ -124,6 +120,19 @@ def recipe(config: RunConfig) -> Recipe:
     words = CountWords(log=options.get("log"), **({"resources": Resources(rows=rows)} if rows else {}))
     chars = CountChars(options.get("scale", 1), **({"resources": Resources(rows=rows, actor=True)} if rows else {}))
     return Recipe("steps", (words, AtLeast(options.get("words", 3)), chars, SameText(), RankChars()))
+
+
+@dataclass(frozen=True)
+class DiesAtOpen(CountWords):
+    """Its model takes the process down while it loads."""
+
+    def open(self) -> Kernel:
+        os._exit(139)
+
+
+def recipe_that_dies_at_open(config: RunConfig) -> Recipe:
+    """words, by a stage that cannot be opened."""
+    return Recipe("dies", (DiesAtOpen(),))
 
 
 def write_urls(path: Path, texts: list[str]) -> Path:

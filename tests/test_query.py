@@ -86,7 +86,7 @@ def test_images_has_the_stored_images(built):
 
 def test_boxes_are_in_pixels_of_the_stored_image_and_inside_it(built):
     assert rows(built, "SELECT * FROM boxes") == [
-        {"uid": PAIRS[0].uid, "label": "circle", "x1": 0, "y1": 2, "x2": 10, "y2": 24, "score": 1, "source": "human"}
+        {"uid": PAIRS[0].uid, "label": "circle", "x1": 0, "y1": 2, "x2": 10, "y2": 24, "score": 1, "source": "human", "shard": 0}
     ]
 
 

@@ -224,5 +224,5 @@ def test_an_unknown_recipe_lists_those_there_are(tmp_path: Path):
     run = parse_config(
         {"dataset": str(tmp_path), "recipe": "clip_fliter", "source": {"kind": "url_table", "path": "p"}}
     )
-    with pytest.raises(ConfigError, match="there is no 'clip_fliter'; there are: .*clip_filter"):
+    with pytest.raises(ConfigError, match=r"there is no 'clip_fliter'; there are: .*clip_filter"):
         refresh(run, Silent())

@@ -1,7 +1,8 @@
 """Engines run the map segments of a plan and nothing else: units go in, finished units come out, in any order.
 
 An engine moves shard references, never pixels. Workers read from the store, write their own files and return the
-description; the driver commits. An error in a unit travels back in `Unit.failure`, so that every engine reports it alike.
+description; the driver commits. An error in a unit travels back in `Unit.failure`, so that every engine reports it
+alike.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from pairmill import errors
-from pairmill.execute import Job, Unit, Worker
+from pairmill.execute import Job, Unit
 from schemas.config import Engine as EngineConfig
 
 
@@ -37,21 +37,3 @@ def open_engine(config: EngineConfig) -> AbstractContextManager[Engine]:
     from pairmill.engines.ray_data import ray_engine
 
     return ray_engine(config)
-
-
-def run_unit(worker: Worker, unit: Unit) -> Unit:
-    """Run a unit in a worker; an error that pairmill raised on purpose becomes the unit's `failure`."""
-    if unit.failure is not None:
-        return unit
-    try:
-        return worker.run(unit)
-    except errors.PairmillError as error:
-        unit.failure = [type(error).__name__, str(error)]
-        return unit
-
-
-def raise_failure(unit: Unit) -> None:
-    """Raise again, in the driver, what stopped a unit in its worker."""
-    if unit.failure is not None:
-        kind, message = unit.failure
-        raise getattr(errors, kind)(message)

@@ -1,17 +1,23 @@
-"""The local engine: in this process, or in a few processes of this machine. For debugging, tests and single machines."""
+"""The local engine: in this process, or in a few processes of this machine. For debugging, tests and single
+machines."""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from pairmill.engines import run_unit
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
+from pairmill.isolate import run_unit
 from schemas.config import Engine as EngineConfig
+
+
+WORKER_RETRIES = 3
+"""How many processes may die in a row, with no unit finished in between."""
 
 
 @contextlib.contextmanager
@@ -38,26 +44,48 @@ class LocalEngine:
             yield from self._run_processes(job, units)
 
     def _run_processes(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
-        pool = ProcessPoolExecutor(
-            self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize, initargs=(job,)
-        )
-        try:
-            waiting: set[Future[Unit]] = set()
-            for unit in units:
-                waiting.add(pool.submit(_run_in_process, unit))
-                while len(waiting) >= 2 * self._workers:  # bounded: the units of a large dataset are many
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        except BrokenProcessPool as error:
-            raise EngineError(
-                "a worker process died (out of memory, or killed); what was committed is kept: run the command again, "
-                "with fewer engine.workers if memory was short"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        """A pool of processes. When one dies the pool is made anew, and its unfinished units run again, isolated where
+        they were under way (`pairmill.isolate`)."""
+        source = iter(units)
+        waiting: deque[Unit] = deque()
+        deaths = 0
+        while True:
+            unfinished: dict[Future[Unit], Unit] = {}
+            pool = ProcessPoolExecutor(
+                self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize, initargs=(job,)
+            )
+            try:
+                while True:
+                    while len(unfinished) < 2 * self._workers:  # bounded: the units of a large dataset are many
+                        if not waiting and (unit := next(source, None)) is not None:
+                            waiting.append(unit)
+                        if not waiting:
+                            break
+                        future = pool.submit(_run_in_process, waiting[0])
+                        unfinished[future] = waiting.popleft()
+                    if not unfinished:
+                        return
+                    for unit in _finished(unfinished):
+                        deaths = 0
+                        yield unit
+            except BrokenProcessPool as error:
+                waiting.extend(unfinished.values())
+                deaths += 1
+                if deaths > WORKER_RETRIES:
+                    raise EngineError(
+                        "worker processes die again and again (out of memory, or killed); what was committed is kept: "
+                        "run the command again, with fewer engine.workers if memory was short"
+                    ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _finished(unfinished: dict[Future[Unit], Unit]) -> Iterator[Unit]:
+    """The units that are done by now; waits for at least one."""
+    for future in wait(unfinished, return_when=FIRST_COMPLETED).done:
+        unit = future.result()
+        del unfinished[future]
+        yield unit
 
 
 def _open(job: Job) -> list[Worker]:

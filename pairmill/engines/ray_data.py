@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pairmill.engines import run_unit
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
+from pairmill.isolate import run_unit
 from schemas.config import Engine as EngineConfig
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def _start(address: str | None) -> str:
             ray.init(address="local", include_dashboard=False, _node_ip_address=LOCAL_ADDRESS, **quiet)
     except (ConnectionError, RuntimeError, OSError) as error:
         raise EngineError(
-            f"cannot start or reach Ray ({wanted or 'local'}): {error}; check engine.address and RAY_ADDRESS, or run with "
-            "--set engine.kind=local"
+            f"cannot start or reach Ray ({wanted or 'local'}): {error}; check engine.address and RAY_ADDRESS, or run "
+            "with --set engine.kind=local"
         ) from error
     return f"ray, started here with {int(ray.cluster_resources().get('CPU', 0))} CPUs"
 
@@ -107,8 +107,8 @@ class Pool:
 def size_pools(job: Job, cluster: Mapping[str, float], wanted_workers: int | None) -> list[Pool]:
     """How many workers each group gets, so that all groups can run at the same time.
 
-    Actors hold their CPUs for the whole segment: were they to take all of them, tasks would wait for ever. So the largest
-    task is set aside first, and CPUs are scaled down where even one worker a group does not fit.
+    Actors hold their CPUs for the whole segment: were they to take all of them, tasks would wait for ever. So the
+    largest task is set aside first, and CPUs are scaled down where even one worker a group does not fit.
 
     Raises:
         EngineError: the cluster has no GPU, or fewer than the groups need together.
@@ -171,8 +171,8 @@ class RayEngine:
                     yield Unit.loads(str(text))
         except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
             raise EngineError(
-                f"Ray stopped the run: {type(error).__name__}: {str(error).strip().splitlines()[-1]}; what was committed "
-                "is kept: run the command again"
+                f"Ray stopped the run: {type(error).__name__}: {str(error).strip().splitlines()[-1]}; what was "
+                "committed is kept: run the command again"
             ) from error
 
 

@@ -1,4 +1,5 @@
-"""Results do not depend on the engine, the batch size or the number of workers: equal content hashes of every column."""
+"""Results do not depend on the engine, the batch size or the number of workers: equal content hashes of every
+column."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pairmill.plan import Recipe, compile_plan
 from pairmill.report.progress import Silent
 from pairmill.run import refresh
 from pairmill.stage import Resources
-from tests.steps import AtLeast, CountChars, CountWords, config, texts, write_urls
+from tests.steps import AtLeast, CountChars, CountWords, config, write_urls
 
 
 def job(words: Resources, chars: Resources) -> Job:
@@ -42,20 +42,6 @@ def test_gpu_groups_get_as_many_workers_as_there_are_gpus():
 def test_too_few_gpus_are_an_error_before_anything_runs():
     with pytest.raises(EngineError, match=r"needs 1 GPUs at a time, the Ray cluster has 0; .*models.device=cpu"):
         size_pools(job(Resources(cpus=1), Resources(cpus=1, gpus=1, actor=True)), {"CPU": 2.0}, None)
-
-
-def test_a_worker_that_dies_ends_the_run_with_an_error_and_keeps_the_rest(tmp_path: Path):
-    table = write_urls(tmp_path / "urls.parquet", [*texts(250), "abort the worker right here"])
-    run = config(tmp_path, table, engine={"kind": "ray", "address": "local"})
-    with pytest.raises(EngineError, match="Ray stopped the run.*run the command again"):
-        refresh(run, Silent())
-    log = tmp_path / "log"
-    mended = config(tmp_path, table, options={"log": str(log)}, engine={"kind": "local"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os._exit", lambda _: (_ for _ in ()).throw(ValueError("would have died")))
-        record = refresh(mended, Silent()).snapshot
-    assert record is not None and record.reasons["error.kernel"] == 1
-    assert len(set(log.read_text().split())) == 51, "the two whole shards were finished before and are adopted"
 
 
 def test_a_failed_stage_arrives_as_its_own_error(tmp_path: Path):

@@ -1,0 +1,68 @@
+"""A native crash costs one row: the worker dies, the shard runs again in a child process, the guilty row is
+quarantined."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pairmill.errors import EngineError
+from pairmill.execute import Care
+from pairmill.isolate import MARKS
+from pairmill.report.progress import Silent
+from pairmill.run import refresh
+from pairmill.store import Dataset, read_files
+from schemas import fields
+from tests.steps import config, texts, write_urls
+
+ENGINES = [{"kind": "local", "workers": 2}, {"kind": "ray", "address": "local"}]
+
+
+def crashing_texts() -> list[str]:
+    return [*texts(150), "abort the worker right here", *(f"and {t}" for t in texts(40)), "abort once more"]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: str(e["kind"]))
+def test_rows_that_kill_their_worker_are_quarantined_and_the_run_ends(tmp_path: Path, engine: dict[str, object]):
+    table = write_urls(tmp_path / "urls.parquet", crashing_texts())
+    record = refresh(config(tmp_path, table, engine=engine, options={"words": 0}), Silent()).snapshot
+    assert record is not None and record.reasons["error.crash"] == 2
+    assert record.admitted == 192 == record.kept + sum(record.reasons.values())
+    dataset = Dataset(record.config and str(tmp_path / "dataset"))
+    ledger = read_files(dataset, dataset.snapshot().files("ledger"), fields.LEDGER, ["uid", "reason", "detail"])
+    crashed = [r for r in ledger.to_pylist() if r["reason"] == "error.crash"]
+    assert {r["detail"] for r in crashed} == {"words: its process died"}
+    assert not list((tmp_path / "dataset" / MARKS).iterdir()), "no mark is left behind"
+
+
+def test_a_crash_that_takes_the_driver_along_is_survived_by_the_next_run(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", crashing_texts())
+    script = (
+        "from pathlib import Path; from tests.steps import config; from pairmill.report.progress import Silent\n"
+        "from pairmill.run import refresh\n"
+        f"refresh(config(Path({str(tmp_path)!r}), Path({str(table)!r})), Silent())\n"
+    )
+    first = subprocess.run([sys.executable, "-c", script], check=False)
+    assert first.returncode == 139
+    assert list((tmp_path / "dataset" / MARKS).iterdir()), "the mark of the shard that was under way"
+    record = refresh(config(tmp_path, table), Silent()).snapshot
+    assert record is not None and record.reasons["error.crash"] == 2
+
+
+def test_a_process_that_dies_while_loading_is_no_fault_of_a_row(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", texts(50))
+    run = config(tmp_path, table, recipe="tests.steps:recipe_that_dies_at_open", engine=ENGINES[0])
+    with pytest.raises(EngineError, match="dies while it loads or writes, not on a row"):
+        refresh(run, Silent())
+
+
+def test_careful_parts_cover_all_rows_in_order():
+    uids = [f"{i}" for i in range(20)]
+    care = Care("", rows={"words": dict.fromkeys(uids[5:15], 3)}, crashed={"words": ["7", "19"]})
+    parts = list(care.parts("words", uids))
+    assert [i for rows, _ in parts for i in range(rows.start, rows.stop)] == list(range(20))
+    assert [rows.start for rows, crashed in parts if crashed] == [7, 19]
+    assert all(rows.stop - rows.start <= 3 for rows, _ in parts if 5 <= rows.start < 15)
