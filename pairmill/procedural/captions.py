@@ -683,3 +683,10 @@ def describe(scene: Scene, rng: random.Random, form: str | None = None) -> str:
     if len(scene.objects) < _FORMS[form].objects:
         form = "list"
     return _FORMS[form].write(scene, rng)
+
+
+def as_typed(caption: str, rng: random.Random) -> str:
+    """A caption as people type it: sometimes with a capital, sometimes with a full stop; its truth is unchanged."""
+    if rng.random() < 0.4:
+        caption = caption[0].upper() + caption[1:]
+    return caption + "." if rng.random() < 0.25 else caption

@@ -19,7 +19,7 @@ import colorsys
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -261,16 +261,22 @@ _OUTLINES: Mapping[str, list[tuple[float, float]]] = {
 
 
 def sample_scene(
-    rng: random.Random, *, objects: int | None = None, width: int | None = None, height: int | None = None
+    rng: random.Random,
+    *,
+    objects: int | None = None,
+    kinds: Sequence[tuple[str, str, str]] | None = None,
+    width: int | None = None,
+    height: int | None = None,
 ) -> Scene:
     """A random scene that keeps the guarantees of this module.
 
     Args:
         rng: the only source of chance; equal states give equal scenes.
         objects: how many, 1 to 3 (by default 1, 2 or 3 with weights 1 : 3 : 3).
+        kinds: (colour, shape, size) of each object, no two alike in colour and shape (by default drawn too).
         width, height: native size in pixels (by default multiples of 16: shorter side 256 to 400, aspect at most 4/3).
     """
-    count = objects or rng.choices((1, 2, 3), weights=(1, 3, 3))[0]
+    count = len(kinds) if kinds else objects or rng.choices((1, 2, 3), weights=(1, 3, 3))[0]
     if width is None or height is None:
         shorter = rng.randrange(256, 401, _NATIVE_STEP)
         longest = min(512, int(shorter * 4 / 3))
@@ -278,7 +284,13 @@ def sample_scene(
         width, height = (longer, shorter) if rng.random() < 0.6 else (shorter, longer)
     while True:
         background, fills = _sample_background(rng)
-        placed = _place(rng, count, width, height, fills)
+        chosen = kinds
+        if chosen is None:
+            drawn = rng.sample([(colour, shape) for colour in fills for shape in SHAPES], count)
+            chosen = [(colour, shape, rng.choice(tuple(SIZES))) for colour, shape in drawn]
+        elif not all(colour in fills for colour, _, _ in chosen):
+            continue
+        placed = _place(rng, chosen, width, height, fills)
         if placed is not None:
             return Scene(width, height, background, placed)
 
@@ -317,16 +329,14 @@ def _muted(rng: random.Random) -> Rgb:
 
 
 def _place(
-    rng: random.Random, count: int, width: int, height: int, fills: Mapping[str, Rgb]
+    rng: random.Random, kinds: Sequence[tuple[str, str, str]], width: int, height: int, fills: Mapping[str, Rgb]
 ) -> tuple[SceneObject, ...] | None:
-    """`count` objects that keep the guarantees, or None when a hundred tries did not find room."""
-    kinds = rng.sample([(colour, shape) for colour in fills for shape in SHAPES], count)
-    sizes = [rng.choice(tuple(SIZES)) for _ in kinds]
+    """Objects of the kinds that keep the guarantees, or None when a hundred tries did not find room."""
     shorter = min(width, height)
     for _ in range(100):
         placed: list[SceneObject] = []
         boxes: list[Box] = []
-        for (colour, shape), size in zip(kinds, sizes, strict=True):
+        for colour, shape, size in kinds:
             extent = round(shorter * rng.uniform(*SIZES[size]), 2)
             tilt = 0.0 if shape in ("circle", "ring") else round(rng.uniform(-_MAX_TILT, _MAX_TILT), 1)
             reach = 0.61 * extent + _BORDER * shorter

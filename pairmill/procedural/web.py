@@ -39,7 +39,7 @@ from aiohttp import web
 from PIL import Image
 
 from pairmill.procedural import junk
-from pairmill.procedural.captions import describe, is_true
+from pairmill.procedural.captions import as_typed, describe, is_true
 from pairmill.procedural.scene import Scene, render, sample_scene
 
 
@@ -303,13 +303,6 @@ def _path(seed: int, rank: int, draft: _Draft) -> str:
     return f"/images/{token}.{suffix}"
 
 
-def _alt(text: str, rng: random.Random) -> str:
-    """A caption as people type it: sometimes with a capital, sometimes with a full stop."""
-    if rng.random() < 0.4:
-        text = text[0].upper() + text[1:]
-    return text + "." if rng.random() < 0.25 else text
-
-
 def _sample_picture(rng: random.Random, scene: Scene | None = None) -> Picture:
     scene = scene or sample_scene(rng)
     format_ = rng.choices(("JPEG", "PNG", "WEBP"), weights=(0.86, 0.07, 0.07))[0]
@@ -321,10 +314,10 @@ def _sample_picture(rng: random.Random, scene: Scene | None = None) -> Picture:
 def _draft(kind: Kind, rng: random.Random) -> _Draft:
     picture = _sample_picture(rng)
     scene = picture.scene
-    text = _alt(describe(scene, rng), rng)
+    text = as_typed(describe(scene, rng), rng)
     if kind is Kind.MISMATCHED:
         while is_true(text, scene) is not False:
-            text = _alt(describe(sample_scene(rng), rng), rng)
+            text = as_typed(describe(sample_scene(rng), rng), rng)
     elif kind is Kind.BOILERPLATE:
         text = junk.boilerplate(rng)
     elif kind is Kind.FOREIGN:
@@ -355,13 +348,13 @@ def _draft_copy(kind: Kind, drafts: Sequence[_Draft], originals: Sequence[int], 
         picture = _changed_picture(kind, source, rng)
         if picture is not None:
             if rng.random() < 0.5 or is_true(text, picture.scene) is not True:
-                text = _alt(describe(picture.scene, rng), rng)
+                text = as_typed(describe(picture.scene, rng), rng)
             return _Draft(kind, text, picture, picture.scene, original)
 
 
 def _another_caption(scene: Scene, text: str, rng: random.Random) -> str:
     while True:
-        other = _alt(describe(scene, rng), rng)
+        other = as_typed(describe(scene, rng), rng)
         if other.lower().rstrip(".") != text.lower().rstrip("."):
             return other
 
