@@ -35,15 +35,15 @@ class ClipScore(Stage):
     batch: int = field(default=32, metadata={"identity": False})
     """Rows a forward pass."""
 
+    resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
+
     @classmethod
     def of(cls, models: Models) -> ClipScore:
-        """The stage that a config asks for."""
-        return cls(ModelRef.of(models.clip), models.precision, models.device, models.batch)
-
-    @property
-    def resources(self) -> Resources:  # type: ignore[override]
-        """One GPU where the config says cuda; ``auto`` uses one that is there and asks a cluster for none."""
-        return Resources(cpus=1.0, gpus=1.0 if self.device == "cuda" else 0.0, rows=256, actor=True)
+        """The stage that a config asks for: one GPU where it says cuda; ``auto`` uses one that is there and asks a
+        cluster for none."""
+        resources = Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True)
+        model = ModelRef.of(models.clip)
+        return cls(model, models.precision, models.device, models.batch, resources)
 
     def open(self) -> Kernel:
         """Load the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,7 +32,7 @@ class ImageStats(Stage):
     """Contrast of the stored image: standard deviation of its grey levels, 0 to 255. A row without image is dropped."""
 
     name = "image"
-    resources = Resources()
+    resources: Resources = field(default=Resources(), metadata={"identity": False})
     reads = (fields.IMAGE.name,)
     writes = (fields.CONTRAST,)
 
