@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow as pa
 
-from pairmill.errors import ConfigError
+from pairmill.errors import ConfigError, StoreError
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, SNAPSHOTS_TABLE
 from schemas import fields
 from schemas.snapshot import SNAPSHOTS
@@ -42,19 +42,21 @@ def query(snapshot: Snapshot, sql: str) -> pa.Table:
     Raises:
         ConfigError: the SQL is wrong, or is no single SELECT; carries DuckDB's message and the views there are.
     """
+    with connect(snapshot) as connection:
+        return select(connection, sql)
+
+
+def select(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    """As `query`, on a connection that is open already."""
     import duckdb
 
-    with connect(snapshot) as connection:
-        try:
-            statements = connection.extract_statements(sql)
-            if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
-                raise ConfigError("a query must be one SELECT statement; to get data out, use `pairmill export`")
-            relation = connection.sql(sql)
-            return relation.to_arrow_table() if relation is not None else pa.table({})
-        except duckdb.Error as error:
-            raise ConfigError(
-                f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns"
-            ) from error
+    try:
+        statements = connection.extract_statements(sql)
+        if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
+            raise ConfigError("a query must be one SELECT statement; to get data out, use `pairmill export`")
+        return connection.sql(sql).to_arrow_table()
+    except duckdb.Error as error:
+        raise ConfigError(f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns") from error
 
 
 def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
@@ -72,6 +74,9 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         empty
     ``snapshots``
         one row a published snapshot
+
+    Raises:
+        StoreError: a file of the snapshot is missing or damaged.
     """
     import duckdb
 
@@ -84,8 +89,13 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         connection.execute(f"SET allowed_directories = ['{_PROTOCOL}://']")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
-    except BaseException:
+    except BaseException as error:
         connection.close()
+        if isinstance(error, duckdb.Error):
+            raise StoreError(
+                f"{snapshot!r} cannot be read: {str(error).strip().splitlines()[-1]}; "
+                "a file is damaged or missing: run the refresh again, or open another snapshot"
+            ) from error
         raise
     return connection
 
@@ -156,7 +166,7 @@ class _Views:
             "texts",
             f"""SELECT p.uid, ordinal, texts[ordinal + 1].text AS text, texts[ordinal + 1].source AS source,
                 {score} AS clip_score, NULL::FLOAT AS itm_score,
-                {_alias(LEDGER_TABLE)}.status = 'kept' AS kept, {_alias(LEDGER_TABLE)}.reason AS reason
+                {_alias(LEDGER_TABLE)}.status = 'kept' AS kept, {_alias(LEDGER_TABLE)}.reason AS reason, p.shard
                 FROM (SELECT uid, shard, texts, unnest(range(len(texts)))::INTEGER AS ordinal
                       FROM store.{PAIRS_TABLE}) p
                 {_join(LEDGER_TABLE, ["status", "reason"])} {join}""",
@@ -185,7 +195,7 @@ class _Views:
                     greatest(0, least(i.height, b.y1 * i.transform[2] + i.transform[4]))::FLOAT AS y1,
                     greatest(0, least(i.width, b.x2 * i.transform[1] + i.transform[3]))::FLOAT AS x2,
                     greatest(0, least(i.height, b.y2 * i.transform[2] + i.transform[4]))::FLOAT AS y2,
-                    b.score AS score, b.source AS source
+                    b.score AS score, b.source AS source, shard
                   FROM (SELECT uid, shard, unnest(boxes) AS b FROM store.{PAIRS_TABLE}) p
                   JOIN (SELECT uid, shard, width, height, transform FROM images) i USING (uid, shard)
                 ) WHERE x2 > x1 AND y2 > y1""",
