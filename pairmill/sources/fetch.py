@@ -33,6 +33,9 @@ _LARGE_BUDGET = 512 * 2**20
 """Bodies above `_LARGE` bytes may hold this many bytes together, so that 256 connections cannot fill the memory."""
 _KEEP_ALIVE_S = 3.0
 _DNS_THREADS = 32
+_GIVE_UP = 16
+"""Attempts in a row that a host may leave unanswered before the rest of its URLs in the batch are deferred untried: a
+thousand URLs of a dead host would else hold a shard for an hour."""
 _HEAD = 1024
 
 Result = TypeVar("Result")
@@ -93,6 +96,7 @@ class Fetcher:
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._large = asyncio.Semaphore(max(2, _LARGE_BUDGET // policy.max_bytes))
         self._hosts: dict[str, asyncio.Semaphore] = {}
+        self._unanswered: dict[str, int] = {}
         self._names: _Names
         self._session: aiohttp.ClientSession
 
@@ -150,16 +154,14 @@ class Fetcher:
             seen.append(address.url)
             # the host's turn first: URLs that wait for a slow host must not hold slots that others could use
             async with self._host(address.host), AsyncExitStack() as turn:
+                self._check_alive(address.host)
                 await turn.enter_async_context(self._slots)
                 began = time.monotonic()
                 try:
-                    step = await asyncio.wait_for(self._get(address, turn), left)
+                    step = await self._step(address, turn, left)
                 except AddressRefused as refused:
                     reason = refused.reason if len(seen) == 1 else Reason.URL_REDIRECT_REFUSED
                     raise _Failed(reason, refused.detail) from refused
-                except asyncio.TimeoutError:
-                    detail = f"no whole answer within {self._policy.timeout_s:g} s"
-                    raise _Failed(Reason.HTTP_TIMEOUT, detail) from None
                 left -= time.monotonic() - began
                 if isinstance(step, Fetched):
                     hold.push_async_exit(turn.pop_all())
@@ -169,6 +171,25 @@ class Fetcher:
                 detail = f"{len(seen)} redirects, the last to {addresses.without_secrets(step.url)}"
                 raise _Failed(Reason.HTTP_REDIRECT_LOOP, detail)
             address = step
+
+    async def _step(self, address: Address, turn: AsyncExitStack, left: float) -> Fetched | Address:
+        """One request within the time that is left; keeps count of what the host leaves unanswered."""
+        try:
+            step = await asyncio.wait_for(self._get(address, turn), left)
+        except asyncio.TimeoutError:
+            self._unanswered[address.host] = self._unanswered.get(address.host, 0) + 1
+            raise _Failed(Reason.HTTP_TIMEOUT, f"no whole answer within {self._policy.timeout_s:g} s") from None
+        except _Failed as failure:
+            silent = failure.outcome.reason in (Reason.HTTP_CONNECTION, Reason.HTTP_TIMEOUT)
+            self._unanswered[address.host] = self._unanswered.get(address.host, 0) + 1 if silent else 0
+            raise
+        self._unanswered[address.host] = 0
+        return step
+
+    def _check_alive(self, host: str) -> None:
+        if (count := self._unanswered.get(host, 0)) >= max(_GIVE_UP, 2 * self._policy.per_host):
+            detail = f"{host} left {count} requests in a row unanswered; its other URLs were not tried"
+            raise _Failed(Reason.HTTP_TIMEOUT, detail, may_pass=False)
 
     def _host(self, host: str) -> asyncio.Semaphore:
         if host not in self._hosts:
@@ -384,6 +405,7 @@ class _Names:
         task = self._known.get(host)
         if task is None or (task.done() and not task.cancelled() and isinstance(task.exception(), socket.gaierror)):
             task = self._known[host] = asyncio.ensure_future(self._look_up(host))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # its waiters may be gone by then
         # shielded: the deadline of one URL must not end the lookup that others wait for
         return await asyncio.shield(task)
 

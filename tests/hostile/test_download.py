@@ -484,6 +484,17 @@ def test_other_hosts_go_on_while_one_is_slow(web: HostileServer) -> None:
     assert max(at for at, path in web.seen if path == "/slow") - began > 1.0  # eight by twos
 
 
+def test_a_dead_host_is_given_up_for_the_batch(web: HostileServer) -> None:
+    web.add("/dead", silent(30))
+    urls = [web.url(f"/dead?{i}", "127.0.0.3") for i in range(200)]
+    web.hits["/dead"] = 0
+    began = time.monotonic()
+    rows = download([*urls, web.url("/good.jpg")], per_host=4, timeout_s=0.2, retries=2)
+    assert [row["reason"] for row in rows] == ["http.timeout"] * 200 + [None]
+    assert 16 <= web.hits["/dead"] <= 20
+    assert time.monotonic() - began < 5
+
+
 def test_no_more_than_per_host_at_once(web: HostileServer) -> None:
     now = most = 0
 
