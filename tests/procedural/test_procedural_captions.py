@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairmill.procedural import junk
-from pairmill.procedural.captions import CORRUPTIONS, FORMS, VOCABULARY, corrupt, describe, is_true, parse
+from pairmill.procedural.captions import CORRUPTIONS, FORMS, VOCABULARY, as_typed, corrupt, describe, is_true, parse
 from pairmill.procedural.scene import COLOURS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, sample_scene
 from pairmill.procedural.truth import claim_table, scene_table, truth_matrix
 
@@ -51,6 +51,19 @@ def test_every_form_is_true_and_long_enough(seed, form):
     assert len(caption.split()) >= 3
     assert len(caption) > 5
     assert set(re.findall("[a-z]+", caption)) <= set(VOCABULARY)
+
+
+@few
+@given(seeds)
+def test_typing_a_caption_does_not_change_its_truth(seed):
+    scene, rng = scene_of(seed), random.Random(seed)
+    caption = describe(scene, rng)
+    typed = as_typed(caption, rng)
+    assert typed.lower().rstrip(".") == caption
+    assert is_true(typed, scene) is True
+    changed = corrupt(typed, scene, "shape", rng)
+    assert changed is None or changed.endswith(".") == typed.endswith(".")
+    assert changed is None or changed[0].isupper() == typed[0].isupper()
 
 
 def test_forms_are_many_and_differ():

@@ -154,6 +154,15 @@ def test_different_scenes_look_different():
     assert min(distances) > 4
 
 
+def test_wanted_kinds_are_drawn():
+    kinds = (("black", "ring", "large"), ("white", "cross", "large"), ("black", "star", "small"))
+    for seed in range(10):
+        scene = sample_scene(random.Random(seed), kinds=kinds)
+        assert tuple((thing.colour, thing.shape, thing.size) for thing in scene.objects) == kinds
+    assert len(scene_of(1, objects=3).objects) == 3
+    assert (scene_of(1, width=320, height=256).width, scene_of(1, width=320, height=256).height) == (320, 256)
+
+
 def test_equal_seeds_give_equal_scenes():
     assert scene_of(5) == scene_of(5)
     assert scene_of(5) != scene_of(6)

@@ -1,6 +1,7 @@
 """Training a CLIP: it learns, resumes, saves what open_clip loads; the shipped one is as good as its card says."""
 
 import json
+import random
 import warnings
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pairmill.errors import ConfigError
-from pairmill.procedural.scene import COLOURS, SHAPES
+from pairmill.procedural.scene import COLOURS, SHAPES, sample_scene
 from pairmill.train import clip as training
 from pairmill.train.clip import TrainClipConfig, TrainProgress, train_clip
-from pairmill.train.clip_data import Corpus
+from pairmill.train.clip_data import Corpus, twin
 from pairmill.train.clip_quality import area_under_curve, best_threshold, load_clip, measure_captions, measure_webs
 from pairmill.weights import tiny_clip_dir
 
@@ -138,6 +139,28 @@ def test_batches_hold_true_captions_first_then_false_ones(trained):
     assert batch.truth[own, own].all()
     assert not batch.truth[own, own + 32].any()
     assert not batch.truth[:, 64:].any()
+
+
+def test_twins_differ_in_one_respect():
+    rng = random.Random(3)
+    seen = set()
+    for _ in range(60):
+        scene = sample_scene(rng)
+        other = twin(scene, rng)
+        before, after = (
+            [(thing.colour, thing.shape, thing.size) for thing in drawn.objects] for drawn in (scene, other)
+        )
+        changed = [
+            name
+            for one, two in zip(before, after, strict=True)
+            for name, a, b in zip(("colour", "shape", "size"), one, two, strict=True)
+            if a != b
+        ]
+        assert len(changed) <= 1
+        assert scene != other
+        assert scene.background == other.background or changed != ["shape"]
+        seen.update(changed or ["layout"])
+    assert seen == {"shape", "size", "layout"}
 
 
 def test_settings_are_checked():

@@ -1,0 +1,1 @@
+"""Training: the tiny models that the package ships, on procedural scenes."""
