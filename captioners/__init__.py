@@ -1,0 +1,1 @@
+"""Write text: nothing yet; captioners come with the recipes that use them."""

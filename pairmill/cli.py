@@ -110,6 +110,8 @@ def _options(
         os.environ["PAIRMILL_DEBUG"] = "1"
     configure_logging(sys.stderr, logging.DEBUG if debug else logging.INFO)
     check_checkout()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for `recipe: my_module:function`; last, so that it hides nothing
 
 
 @app.command()
@@ -246,6 +248,9 @@ def export(
         str | None,
         typer.Option("--where", metavar="SQL", help="a condition over the columns of the view pairs"),
     ] = None,
+    pairs_per_shard: Annotated[
+        int, typer.Option("--pairs-per-shard", min=1, metavar="N", help="admitted pairs a file, at most")
+    ] = 10_000,
     snapshot: SnapshotId = None,
     as_json: AsJson = False,
 ) -> None:
@@ -260,14 +265,17 @@ def export(
 
     from pairmill.export.parquet import export_parquet
     from pairmill.export.webdataset import export_webdataset
+    from pairmill.report.progress import reporter_for
     from pairmill.store import Dataset
 
     write = export_webdataset if output is ExportFormat.WEBDATASET else export_parquet
-    report = write(Dataset(dataset).snapshot(snapshot), out, where=where)
+    opened = Dataset(dataset).snapshot(snapshot)
+    with reporter_for(sys.stderr) as reporter:
+        report = write(opened, out, where=where, pairs_per_shard=pairs_per_shard, progress=reporter)
     if as_json:
         _print_json(asdict(report))
     else:
-        typer.echo(f"{report.samples:,} samples in {report.files:,} files, {report.bytes / 1e6:,.1f} MB: {_shown(out)}")
+        typer.echo(_shown(report.note))
 
 
 @train.command("clip")

@@ -112,6 +112,11 @@ def _explain(model: type[BaseModel], item: dict[str, Any]) -> str:
         return f"{key}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
     if item["type"] == "missing":
         return f"{key}: missing"
+    if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        context = item["ctx"]
+        given = f"(given: {context['tag']!r})" if "tag" in context else "(missing)"
+        tags = [repr(tag) for owner in _models_at(owners, place) if (tag := _tag(owner))]
+        return f"{key}.{context['discriminator'].strip(chr(39))}: expected one of {', '.join(tags)} {given}"
     given = item.get("input")
     expected = _expected(item)
     shown = "" if isinstance(given, (dict, BaseModel)) or repr(given) in expected else f" (given: {given!r:.80})"
@@ -148,6 +153,13 @@ def _follow(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[ty
         if not part.isdigit():
             inside = [m for owner in owners for m in _models_of(_annotation(owner, part))]
     return owners, place
+
+
+def _models_at(owners: list[type[BaseModel]], place: list[str]) -> list[type[BaseModel]]:
+    """The models that the value at a place may be of; a position in a list leaves them as they are."""
+    if place[-1].isdigit():
+        return owners
+    return [m for owner in owners for m in _models_of(_annotation(owner, place[-1]))]
 
 
 def _tag(model: type[BaseModel]) -> str | None:

@@ -154,15 +154,18 @@ def reporter_for(stream: TextIO, environment: Mapping[str, str] = os.environ) ->
 
 def _progress(console: Any) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        TextColumn("{task.fields[drops]}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[rate]}", markup=False, table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        # the one that gives way on a narrow terminal: the funnel says it all in the end
+        TextColumn("{task.fields[drops]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         console=console,
+        expand=True,
         refresh_per_second=4,
         redirect_stdout=False,
         redirect_stderr=False,

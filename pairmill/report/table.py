@@ -29,22 +29,14 @@ def cell(value: object) -> str:
 def print_table(
     header: Sequence[str], rows: Sequence[Sequence[object]], stream: TextIO, *, right: Collection[str] = ()
 ) -> None:
-    """Print rows under a header; the columns named in `right` are aligned right.
+    """Print rows under a header, one line each; the columns named in `right` are aligned right."""
+    from rich.cells import cell_len
 
-    On a terminal long rows are folded into its width; elsewhere each row is one line.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", collapse_padding=True)
-    for name in header:
-        table.add_column(Text(visible(name)), justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell(value)) for value in row))
-    console = Console(file=stream, highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console = Console(
-            file=stream, highlight=False, no_color=True, width=max(80, 3 + console.measure(table).maximum)
-        )
-    console.print(table, soft_wrap=False)
+    lines = [[visible(name) for name in header], *([cell(value) for value in row] for row in rows)]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        parts = []
+        for name, text, width in zip(header, line, widths, strict=True):
+            gap = " " * (width - cell_len(text))
+            parts.append(gap + text if name in right else text + gap)
+        stream.write("  ".join(parts).rstrip() + "\n")
