@@ -44,36 +44,41 @@ _DATE = _pattern(
 _HASH = re.compile(
     r"(?=.*\d)[0-9a-fA-F]{12,}"
     r"|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
-    r"|(?=(.*\d){3})(?=.*[a-z])(?=.*[A-Z])[A-Za-z0-9_-]{16,}"
+    r"|(?=.*\d[A-Za-z]+\d)(?=.*[a-z])(?=.*[A-Z])[A-Za-z0-9]{12,}"
 )
 _CODE = _pattern(r"(?=\S*\d)[\w./\#+&-]+")
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?")
 
+LONGEST = 1000
+"""Longer texts are none of these; the patterns need not be tried on them."""
+
 CORE = _words(
     """
     image images img imgs picture pictures pic pics photo photos photograph foto fotos imagem imagen thumbnail
-    thumbnails thumb logo logos icon icons banner untitled placeholder unnamed avatar gallery slide slider slideshow screenshot
-    screenshots attachment alt caption description preview loading spacer null undefined advertisement ad button arrow
-    click enlarge zoom download wallpaper wallpapers video figure share read file coming found available unknown none
-    default product background
+    thumbnails thumb logo logos icon icons banner untitled placeholder unnamed avatar gallery slide slider
+    slideshow screenshot screenshots attachment alt caption description preview loading spacer null undefined
+    advertisement ad button arrow click enlarge zoom download wallpaper wallpapers video figure share read file
+    coming found available unknown none default product background
     """
 )
 """One of these must be in a generic text: ``new home`` alone is not boilerplate."""
 
 GENERIC = CORE | _words(
     """
-    photography bild logotype banners header footer slides captions item main featured feature hero cover profile stock
-    illustration vector graphic graphics clipart view play load loader spinner blank empty nan na ads advert sponsored
-    link close open menu search home next previous prev back top tweet pin email print upload tap here larger bigger
-    full size fullscreen more see show hide less soon missing error page website web site jpg jpeg png gif detail details
-    post article news entry media content test sample example title text name fig small medium large big original new
+    photography bild logotype banners header footer slides captions item main featured feature hero cover
+    profile stock illustration vector graphic graphics clipart view play load loader spinner blank empty nan na
+    ads advert sponsored link close open menu search home next previous prev back top tweet pin email print
+    upload tap here larger bigger full size fullscreen more see show hide less soon missing error page website
+    web site jpg jpeg png gif detail details post article google result results news entry media content test
+    sample example title text name fig small medium large big original new
     """
 )
 """Words that name the medium, a control of a page, or nothing."""
 
 FILLERS = _words(
     """
-    a an the of for to in on at by with and or is this that no not yet your our my we have has it now as from sorry
+    a an the of for to in on at by with and or is this that no not yet your our my we have has it now as from
+    sorry
     """
 )
 
@@ -81,13 +86,13 @@ FILLERS = _words(
 def boilerplate(text: str) -> str | None:
     """The rule that a (normalised) text matches, or null: ``url``, ``markup``, ``file_name``, ``number_only``,
     ``date_only``, ``hash``, ``code`` or ``generic``."""
-    text = text.strip(" \"'`*-_|.,:;!?()[]{}~=+\u2013\u2014\u00ab\u00bb\u201c\u201d\u2018\u2019\u2022\u00b7\u2026")
-    if not text:
+    if len(text) > LONGEST:
         return None
+    if _is_markup(text):  # before brackets are stripped
+        return "markup"
+    text = text.strip(" \"'`*-_|.,:;!?()[]{}~=+\u2013\u2014\u00ab\u00bb\u201c\u201d\u2018\u2019\u2022\u00b7\u2026")
     if _is_address(text):
         return "url"
-    if _is_markup(text):
-        return "markup"
     if _is_file_name(text):
         return "file_name"
     if not any(c.isalpha() for c in text):
@@ -96,7 +101,7 @@ def boilerplate(text: str) -> str | None:
         return "date_only"
     if _HASH.fullmatch(text):
         return "hash"
-    if all(_CODE.fullmatch(word) for word in text.split()):
+    if text and all(_CODE.fullmatch(word) for word in text.split()) and len(_content_words(text)) < 2:
         return "code"
     if _is_generic(text):
         return "generic"

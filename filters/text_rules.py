@@ -5,9 +5,10 @@ The rules were made by reading 10,000 alt texts of a public web crawl; docs/deci
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -28,22 +29,31 @@ _UNSPACED = (
     (re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+"), 4),
 )
 
+_JOINT = re.compile(r"[-_+]+|%20")
+
 
 def normalise(text: str) -> str:
-    """One space for any white space, none at the ends, no invisible format or control characters."""
+    """As a reader sees it: HTML entities resolved, one space for any white space, none at the ends, no invisible
+    format or control characters."""
+    if "&" in text:
+        text = html.unescape(text)
     if not text.isprintable():  # spaces other than the usual one are not printable either
         text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
     return " ".join(text.split())
 
 
 def count_words(text: str) -> int:
-    """Words between spaces that hold a letter or a digit. Scripts written without spaces count by length: two
+    """Words between spaces that hold a letter or a digit. Of three or more joined by hyphens, underscores or plus signs
+    (``blue-mosque-istanbul``) each counts; ``t-shirt`` is one. Scripts written without spaces count by length: two
     characters of Chinese or Japanese, or four of Thai, Lao, Burmese or Khmer, are one word."""
     words = 0
     for pattern, length in _UNSPACED:
         words += sum(-(-len(run) // length) for run in pattern.findall(text))
         text = pattern.sub(" ", text)
-    return words + sum(any(c.isalnum() for c in word) for word in text.split())
+    for token in text.split():
+        parts = sum(any(c.isalnum() for c in part) for part in _JOINT.split(token))
+        words += parts if parts > 2 else min(parts, 1)
+    return words
 
 
 def repetition(text: str) -> float:
@@ -77,7 +87,7 @@ class TextStats(Stage):
     """
 
     name = "text"
-    resources = Resources()
+    resources: Resources = field(default=Resources(), metadata={"identity": False})
     reads = (fields.TEXT.name,)
     writes = (
         fields.WORDS,

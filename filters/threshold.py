@@ -131,6 +131,37 @@ class Quantile(GlobalVerdict):
         return judgement(kept, self.reason, lambda i: _measured(column[i], known[i], self.column, requirement))
 
 
+@dataclass(frozen=True)
+class Intersection(GlobalVerdict):
+    """A row stays when every part, each asked about all live rows, lets it stay; else the first part that drops it gives
+    reason and detail. Verdicts one after the other would ask a quantile only about the rows that are left."""
+
+    label: str
+    parts: tuple[GlobalVerdict, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The label."""
+        return self.label
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the parts read."""
+        return tuple(dict.fromkeys(column for part in self.parts for column in part.reads))
+
+    def judge(self, live: pa.Table) -> Judgement:
+        """Judge all live rows."""
+        judgements = [part.judge(live) for part in self.parts]
+        said = zip(*(zip(j.reason.to_pylist(), _details(j), strict=True) for j in judgements), strict=True)
+        first = [next((pair for pair in row if pair[0] is not None), (None, None)) for row in said]
+        reasons, details = ([pair[i] for pair in first] for i in (0, 1))
+        return Judgement(pa.array(reasons, pa.string()), pa.array(details, pa.string()))
+
+
+def _details(judgement: Judgement) -> list[str | None]:
+    return judgement.detail.to_pylist() if judgement.detail is not None else [None] * len(judgement.reason)
+
+
 def judgement(passes: pa.Array | pa.ChunkedArray, reason: Reason, detail: Any) -> Judgement:
     """A judgement that drops the rows that do not pass; `detail` maps a position to the text beside the reason."""
     kept = passes.to_pylist()
