@@ -30,7 +30,7 @@ class ExportReport:
     format: str
     snapshot: int
     where: str | None
-    pairs: int
+    samples: int
     files: tuple[str, ...]
     """Names of the main files, in order."""
     bytes: int
@@ -118,18 +118,18 @@ def _finished(folder: Folder, group: Group) -> dict[str, Any] | None:
 
 
 def _report(folder: Folder, identity: dict[str, Any], files: list[dict[str, Any]], written: int) -> ExportReport:
-    pairs = sum(file["samples"] for file in files)
+    samples = sum(file["samples"] for file in files)
     if written:
         kept = f", {len(files) - written} were there already" if written < len(files) else ""
-        note = f"{pairs} pairs in {len(files)} files ({written} written{kept})"
+        note = f"{samples} pairs in {len(files)} files ({written} written{kept})"
     else:
-        note = f"{folder.url} holds this export already: {pairs} pairs in {len(files)} files"
+        note = f"{folder.url} holds this export already: {samples} pairs in {len(files)} files"
     return ExportReport(
         folder.url,
         identity["format"],
         identity["snapshot"],
         identity["where"],
-        pairs,
+        samples,
         tuple(file["name"] for file in files),
         sum(file["bytes"] for file in files),
         written,

@@ -50,7 +50,7 @@ def built(tmp_path_factory) -> Built:
 def exported(built, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export") / "out"
     report = export_webdataset(built.snapshot, str(out), pairs_per_shard=10)
-    assert (report.pairs, report.written, report.files) == (20, 3, ("00000.tar", "00001.tar", "00002.tar"))
+    assert (report.samples, report.written, report.files) == (20, 3, ("00000.tar", "00001.tar", "00002.tar"))
     return out
 
 
@@ -191,7 +191,7 @@ def test_the_same_snapshot_gives_the_same_bytes(built, exported, tmp_path):
 def test_a_second_time_there_is_nothing_to_do(built, exported):
     before = {path.name: path.stat().st_mtime_ns for path in exported.iterdir()}
     report = export_webdataset(built.snapshot, str(exported), pairs_per_shard=10)
-    assert (report.written, report.pairs) == (0, 20) and "already" in report.note
+    assert (report.written, report.samples) == (0, 20) and "already" in report.note
     assert {path.name: path.stat().st_mtime_ns for path in exported.iterdir()} == before
 
 
@@ -266,9 +266,9 @@ def test_where_chooses_among_the_kept(built, tmp_path):
     mean = np.mean([p.score for p in PAIRS if p.format])
     expected = {p.uid for p in built.kept() if p.score > mean and not p.boxes}
     assert {json.loads(s["json"])["uid"] for s in samples(tmp_path / "a").values()} == expected
-    assert report.pairs == len(expected) > 0
+    assert report.samples == len(expected) > 0
     everything = export_webdataset(built.snapshot, str(tmp_path / "b"), where="status = 'dropped' OR true")
-    assert everything.pairs == 20
+    assert everything.samples == 20
 
 
 @pytest.mark.parametrize(
@@ -296,15 +296,15 @@ def test_a_file_without_kept_pairs_is_an_empty_tar(built, tmp_path, leaky):
     import webdataset as wds
 
     report = export_webdataset(built.snapshot, str(tmp_path / "out"), where="shard = 4", pairs_per_shard=5)
-    assert len(report.files) == 5 and report.pairs == len([p for p in built.kept() if p.shard == 4])
+    assert len(report.files) == 5 and report.samples == len([p for p in built.kept() if p.shard == 4])
     urls = [str(tmp_path / "out" / name) for name in report.files]
-    assert len(list(wds.WebDataset(urls, shardshuffle=False, empty_check=False))) == report.pairs
+    assert len(list(wds.WebDataset(urls, shardshuffle=False, empty_check=False))) == report.samples
 
 
 def test_to_any_file_system(built, exported):
     memory = fsspec.filesystem("memory")
     report = export_webdataset(built.snapshot, "memory://exports/one", pairs_per_shard=10)
-    assert report.pairs == 20
+    assert report.samples == 20
     for name, data in content(exported).items():
         assert memory.cat_file(f"/exports/one/{name}") == data
     assert export_webdataset(built.snapshot, "memory://exports/one", pairs_per_shard=10).written == 0
