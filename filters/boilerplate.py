@@ -38,8 +38,9 @@ _TAG = _pattern(
     | \{\{.*?\}\} | \{%.*?%\} | <%.*?%> | \$\{.*?\}"""
 )
 _DATE = _pattern(
-    r"""\d{1,4}(st|nd|rd|th)? | (jan|feb|mar|apr|may|jun|jul|aug|sept?|oct|nov|dec)([a-z]{2,})?
-    | (mon|tues?|wed(nes)?|thu(rs)?|fri|sat(ur)?|sun)(day)? | am | pm | at | of"""
+    r"""\d{1,4}(st|nd|rd|th)? | am | pm | at | of
+    | jan(uary)? | feb(ruary)? | mar(ch)? | apr(il)? | may | june? | july? | aug(ust)? | sept?(ember)? | oct(ober)?
+    | nov(ember)? | dec(ember)? | (mon|tues?|wed(nes)?|thu(rs)?|fri|sat(ur)?|sun)(day)?"""
 )
 _HASH = re.compile(
     r"(?=.*\d)[0-9a-fA-F]{12,}"

@@ -145,8 +145,8 @@ def _references(path: str, sha256: str) -> Matrix:  # noqa: ARG001 - part of the
             vectors, _ = _vectors(column)
     except (OSError, ValueError, KeyError, pa.ArrowInvalid) as error:
         raise ConfigError(
-            f"options.concept_images: {path} holds no embeddings ({error}); give a .npy matrix, or a .parquet file with "
-            "a column clip_image"
+            f"options.concept_images: {path} holds no embeddings ({error}); give a .npy matrix, or a .parquet file "
+            "with a column clip_image"
         ) from error
     if vectors.ndim != 2 or not len(vectors):
         raise ConfigError(f"options.concept_images: {path} has shape {vectors.shape}, not (images, dimensions)")
@@ -160,8 +160,8 @@ def _near_cells(vectors: Matrix, references: Matrix, cells: int | None, seed: in
     dimensions = vectors.shape[1]
     if references.shape[1] != dimensions:
         raise ConfigError(
-            f"options.concept_images: the references have {references.shape[1]} dimensions and the pool has {dimensions}; "
-            "embed them with the model that models.clip names"
+            f"options.concept_images: the references have {references.shape[1]} dimensions and the pool has "
+            f"{dimensions}; embed them with the model that models.clip names"
         )
     count = min(cells or max(1, min(MAX_CELLS, len(vectors) // ROWS_PER_CELL)), len(vectors))
     kmeans = faiss.Kmeans(dimensions, count, niter=20, seed=seed, spherical=True, min_points_per_centroid=1)

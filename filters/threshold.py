@@ -133,8 +133,8 @@ class Quantile(GlobalVerdict):
 
 @dataclass(frozen=True)
 class Intersection(GlobalVerdict):
-    """A row stays when every part, each asked about all live rows, lets it stay; else the first part that drops it gives
-    reason and detail. Verdicts one after the other would ask a quantile only about the rows that are left."""
+    """A row stays when every part, each asked about all live rows, lets it stay; else the first part that drops it
+    gives reason and detail. Verdicts one after the other would ask a quantile only about the rows that are left."""
 
     label: str
     parts: tuple[GlobalVerdict, ...]

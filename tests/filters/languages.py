@@ -1,0 +1,41 @@
+"""Short alt texts of our own, by language."""
+
+ENGLISH = [
+    "Purple orchid flower isolated on white",
+    "Waterproof Leather Hiking Boots - Brown",
+    "Vintage Rose Quartz Drop Earrings",
+    "2014 Honda Civic Sedan in Silver",
+    "Downtown Denver Skyline",
+    "The River Song (1987)",
+    "Stainless Steel Kitchen Sink Faucet",
+    "Easy Chicken Noodle Soup",
+    "How to paint a wooden fence",
+    "Kids Striped Long Sleeve T-Shirt",
+    "Mount Rainier from the air",
+    "Canvas Print of Lighthouse by Ann Miller",
+    "Team photo of the Ohio Tigers",
+    "Samsung 55 inch curved television",
+    "BLACK WOOL COAT WITH BELT",
+    "Wedding cake with blue ribbons",
+    "Best coffee shops in Seattle",
+    "Harbour seals on the beach, Scotland",
+    "Solar powered garden lights, pack of 6",
+    "Man riding a bicycle through the park",
+]
+
+OTHERS = {
+    "de": ["Altes Haus am See im Herbst", "Rotes Fahrrad vor einer Mauer", "Die schönsten Wanderwege in Bayern"],
+    "fr": ["Une maison au bord de la mer", "Recette de soupe à l'oignon", "Robe longue à fleurs pour femme"],
+    "es": ["Casa de madera junto al lago", "Zapatos de cuero para hombre", "Cómo pintar una pared de la cocina"],
+    "it": ["Una vecchia casa sulla collina", "Ricetta della torta di mele", "Scarpe da ginnastica per bambini"],
+    "pt": ["Uma praia com areia branca e coqueiros", "Receita de bolo de cenoura", "Sapatos de couro para mulheres"],
+    "nl": ["Een oud huis aan het water", "De mooiste fietsroutes van Nederland", "Schoenen voor kinderen met bloemen"],
+    "pl": ["Stary dom nad jeziorem", "Przepis na zupę pomidorową", "Czerwony rower przed sklepem"],
+    "sv": ["Ett gammalt hus vid sjön", "Recept på kanelbullar med socker", "En röd cykel framför affären"],
+    "tr": ["Göl kenarında eski bir ev", "Domates çorbası tarifi", "Kadınlar için deri ayakkabı"],
+    "ru": ["Старый дом у озера", "Рецепт томатного супа", "Красный велосипед у магазина"],
+    "ar": ["منزل قديم بجانب البحيرة", "وصفة حساء الطماطم", "دراجة حمراء أمام المتجر"],
+    "ja": ["湖のそばの古い家", "トマトスープの作り方", "店の前の赤い自転車"],
+    "zh": ["湖边的老房子", "番茄汤的做法", "商店前的红色自行车"],
+    "ko": ["호숫가의 오래된 집", "토마토 수프 만드는 법", "가게 앞의 빨간 자전거"],
+}
