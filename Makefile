@@ -33,7 +33,7 @@ bench: .venv/.ready-dev ## all benchmarks: a table each, and a dated JSON in ben
 	$(bin)/python benchmarks/run.py $(ARGS)
 
 train-tiny-clip: .venv/.ready ## train the shipped model anew into out/clip-tiny
-	$(bin)/pairmill train clip examples/train-tiny-clip.yaml --set out=out/clip-tiny
+	$(bin)/pairmill train clip pairmill/weights/clip-tiny/train.yaml --set out=out/clip-tiny
 
 clean: ## remove the environment, caches and the demo
 	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

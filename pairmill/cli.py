@@ -284,8 +284,8 @@ def train_clip(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
 
     \b
     Examples:
-      pairmill train clip examples/train-tiny-clip.yaml
-      pairmill train clip examples/train-tiny-clip.yaml --set steps=200 --set out=out/quick
+      pairmill train clip pairmill/weights/clip-tiny/train.yaml
+      pairmill train clip pairmill/weights/clip-tiny/train.yaml --set steps=200 --set out=out/quick
     """
     from pairmill.config_file import read_config
     from pairmill.report.progress import reporter_for

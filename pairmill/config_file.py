@@ -114,9 +114,9 @@ def _explain(model: type[BaseModel], item: dict[str, Any]) -> str:
         return f"{key}: missing"
     if item["type"] in ("union_tag_not_found", "union_tag_invalid"):
         context = item["ctx"]
-        given = f"(given: {context['tag']!r})" if "tag" in context else "(missing)"
+        told = f"(given: {context['tag']!r})" if "tag" in context else "(missing)"
         tags = [repr(tag) for owner in _models_at(owners, place) if (tag := _tag(owner))]
-        return f"{key}.{context['discriminator'].strip(chr(39))}: expected one of {', '.join(tags)} {given}"
+        return f"{key}.{context['discriminator'].strip(chr(39))}: expected one of {', '.join(tags)} {told}"
     given = item.get("input")
     expected = _expected(item)
     shown = "" if isinstance(given, (dict, BaseModel)) or repr(given) in expected else f" (given: {given!r:.80})"
