@@ -89,8 +89,8 @@ class Threshold(Verdict):
         known = _known(column)
         bound = pa.scalar(self.value, column.type if pa.types.is_floating(column.type) else pa.float64())
         passes = pc.and_(known, pc.fill_null(_COMPARE[self.operator](column, bound), False))
-        requirement = f"{self.operator} {self.value:g}"
-        return judgement(passes, self.reason, lambda i: _measured(column[i], known[i], self.column, requirement))
+        requirement, values = f"{self.operator} {self.value:g}", column.to_pylist()
+        return judgement(passes, self.reason, lambda i: _measured(values[i], self.column, requirement))
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,16 @@ class Quantile(GlobalVerdict):
         column = live.column(self.column)
         known = _known(column)
         positions = np.flatnonzero(known.to_numpy(zero_copy_only=False))
-        values = column.take(pa.array(positions)).to_numpy().astype(np.float64)
+        values = column.to_pylist()
+        scores = np.array([values[i] for i in positions], dtype=np.float64)
         uids = live.column(fields.UID.name).take(pa.array(positions)).to_numpy()
-        order = positions[np.lexsort((uids, -values if self.side == "top" else values))]
+        order = positions[np.lexsort((uids, -scores if self.side == "top" else scores))]
         count = math.ceil(Fraction(self.percent) / 100 * len(order))
         passes = np.zeros(live.num_rows, dtype=bool)
         passes[order[:count]] = True
         requirement = f"in the {self.side} {self.percent}%"
         kept = pa.array(passes)
-        return judgement(kept, self.reason, lambda i: _measured(column[i], known[i], self.column, requirement))
+        return judgement(kept, self.reason, lambda i: _measured(values[i], self.column, requirement))
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ def _known(column: pa.ChunkedArray) -> pa.Array:
     return pa.array(known.to_pylist(), pa.bool_())
 
 
-def _measured(value: pa.Scalar, known: pa.Scalar, column: str, requirement: str) -> str:
-    return f"{column} = {value.as_py():.4g}, not {requirement}" if known.as_py() else NO_SCORE
+def _measured(value: float | None, column: str, requirement: str) -> str:
+    return NO_SCORE if value is None or math.isnan(value) else f"{column} = {value:.4g}, not {requirement}"
 
 
 @dataclass(frozen=True)

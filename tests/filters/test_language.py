@@ -1,12 +1,11 @@
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 
 from filters.language import LanguageDetector, main_script
 from filters.threshold import InLanguage
 from tests.filters.languages import ENGLISH, OTHERS
-
-import pyarrow as pa
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from filters.clip_score import ClipScore
+from pairmill.models import ModelRef, load_clip
+from pairmill.stage import Batch, ErrorBudget, Kernel, apply
+from schemas import fields
+from schemas.config import Models
+from schemas.reasons import Reason
+from tests.filters.rows import noise, pairs_table
+
+TEXTS = ["a red circle", "blue square and the small triangle", "photo", "green on the left"]
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    texts = [[TEXTS[i % 4], TEXTS[(i + 1) % 4]][: 1 + i % 2] for i in range(70)]
+    return pairs_table([noise(i) for i in range(70)], texts)
+
+
+def run(stage: ClipScore, kernel: Kernel, table: pa.Table, rows: int) -> pa.Table:
+    parts = [apply(stage, kernel, Batch(table.slice(i, rows)), ErrorBudget()) for i in range(0, table.num_rows, rows)]
+    return pa.concat_tables(parts).combine_chunks()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bits_depend_on_neither_kernel_batch_nor_threads_nor_order(
+    random_clip: ModelRef, table: pa.Table, precision: str
+) -> None:
+    stage = ClipScore(random_clip, precision, device="cpu", batch=16)
+    kernel = stage.open()
+    expected = run(stage, kernel, table, 256)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for rows in (1, 7, 64, 256):
+                assert run(stage, kernel, table, rows).equals(expected), (count, rows)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    order = np.random.default_rng(0).permutation(table.num_rows)
+    assert run(stage, kernel, table.take(order), 64).equals(expected.take(order).combine_chunks())
+
+
+def test_odd_micro_batches_are_bitwise_stable_too(random_clip: ModelRef, table: pa.Table) -> None:
+    stage = ClipScore(random_clip, device="cpu", batch=7)
+    kernel = stage.open()
+    few = table.slice(0, 20)
+    assert run(stage, kernel, few, 3).equals(run(stage, kernel, few, 20))
+
+
+def test_scores_are_those_of_open_clip(random_clip: ModelRef, table: pa.Table) -> None:
+    import io
+
+    from PIL import Image
+
+    stage = ClipScore(random_clip, device="cpu")
+    few = table.slice(0, 3)
+    found = run(stage, stage.open(), few, 3)
+    clip = load_clip(random_clip, "cpu")
+    with torch.inference_mode():
+        for image, texts, scores, vector in zip(
+            few["image"].to_pylist(),
+            few["texts"].to_pylist(),
+            found["clip_scores"].to_pylist(),
+            found["clip_image"].to_pylist(),
+            strict=True,
+        ):
+            pixels = clip.preprocess(Image.open(io.BytesIO(image)).convert("RGB"))
+            left = clip.model.encode_image(pixels[None], normalize=True)[0]
+            right = clip.model.encode_text(clip.tokenizer([t["text"] for t in texts]), normalize=True)
+            assert np.allclose(vector, left.numpy(), atol=1e-5)
+            assert np.allclose(scores, (right @ left).numpy(), atol=1e-5)
+            assert np.isclose(np.linalg.norm(vector), 1, atol=1e-6)
+
+
+def test_missing_images_and_texts(random_clip: ModelRef) -> None:
+    image = noise(1)
+    table = pairs_table([image, None, image, image, image], [["photo"], ["photo"], [], None, [None, "a red circle"]])
+    stage = ClipScore(random_clip, device="cpu")
+    found = run(stage, stage.open(), table, 5)
+    assert found["reason"].to_pylist() == [None, Reason.IMAGE_MISSING, None, None, None]
+    assert [v is None for v in found["clip_image"].to_pylist()] == [False, True, False, False, False]
+    first = found["clip_score"].to_pylist()
+    assert first[0] is not None
+    assert first[1:] == [None] * 4
+    assert found["clip_scores"].to_pylist()[1:4] == [None] * 3
+    assert found["clip_scores"].to_pylist()[4][0] is None
+
+
+def test_a_batch_without_any_image(random_clip: ModelRef) -> None:
+    stage = ClipScore(random_clip, device="cpu")
+    found = run(stage, stage.open(), pairs_table([None, None], [["photo"], []]), 2)
+    assert found["reason"].to_pylist() == [Reason.IMAGE_MISSING] * 2
+
+
+def test_identity_holds_model_and_precision_but_not_hardware(random_clip: ModelRef) -> None:
+    stage = ClipScore(random_clip, "fp32", "cpu", 32)
+    assert stage.fingerprint() == ClipScore(random_clip, "fp32", "cuda", 64).fingerprint()
+    assert stage.fingerprint() != ClipScore(random_clip, "bf16", "cpu", 32).fingerprint()
+    assert stage.fingerprint() != ClipScore(ModelRef("ViT-B-32", "openai"), "fp32", "cpu", 32).fingerprint()
+
+
+def test_a_gpu_is_asked_for_where_the_config_says_cuda() -> None:
+    assert ClipScore.of(Models(device="cuda")).resources.gpus == 1
+    assert ClipScore.of(Models(device="auto")).resources.gpus == 0
+    assert ClipScore.of(Models()).resources.actor
+
+
+def test_the_config_names_the_stage(random_clip: ModelRef) -> None:
+    models = Models.model_validate(
+        {"clip": {"path": random_clip.path}, "precision": "bf16", "device": "cpu", "batch": 8}
+    )
+    assert ClipScore.of(models) == ClipScore(random_clip, "bf16", "cpu", 8)
+    assert fields.CLIP_SCORE in ClipScore.of(models).writes
