@@ -138,7 +138,7 @@ def _web(pairs: int, seed: int, out: Path) -> ProceduralWeb:
 
 def demo_config(out: Path, engine: str) -> dict[str, Any]:
     """The demo's config: the ordinary recipe, with time-outs and thresholds for a loopback web and the tiny model."""
-    tuned = json.loads((tiny_clip_dir() / "metrics.json").read_text(encoding="utf-8"))["thresholds"]
+    tuned = json.loads((tiny_clip_dir() / "metrics.json").read_text(encoding="utf-8"))
     return {
         "dataset": str(out / "dataset"),
         "recipe": "clip_filter",
@@ -146,8 +146,8 @@ def demo_config(out: Path, engine: str) -> dict[str, Any]:
         "shard_size": 200,
         "download": {"per_host": 64, "timeout_s": 3, "retries": 1, "allow_private_addresses": True},
         "models": {"clip": "tiny"},
-        "keep": {"clip_score": f">= {tuned['clip_score']}"},
-        "dedup": {"semantic": tuned["semantic"], "floor": min(0.8, tuned["semantic"])},
+        "keep": {"clip_score": f">= {tuned['mismatch']['threshold']}"},
+        "dedup": {"semantic": tuned["dedup"]["threshold"], "floor": 0.9},
         "engine": {"kind": engine},
     }
 

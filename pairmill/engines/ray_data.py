@@ -39,6 +39,7 @@ def ray_engine(config: EngineConfig) -> Iterator[RayEngine]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray.init; pairmill never calls home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its core would log reaches us as an exception
     try:
         import ray
         import ray.data
