@@ -39,6 +39,6 @@ def _write_group(selection: Selection, group: Group, folder: Folder) -> tuple[in
     name = f"{group.number:05d}.parquet"
     with folder.create(name) as sink, pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
         for rows, images in selection.images(metadata):
-            table = rows.append_column(fields.IMAGE, pa.array(images, pa.binary()))
+            table = rows.append_column(fields.IMAGE, pa.array([image.to_pybytes() for image in images], pa.binary()))
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
     return metadata.num_rows, [sink.written(name)]

@@ -8,7 +8,7 @@ pairs. So which file a pair belongs to depends neither on thresholds nor on shar
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -141,8 +141,8 @@ class Selection:
         rest = sorted(set(table.column_names) - set(first))
         return table.select([*first, *rest]).add_column(0, pa.field("key", pa.string()), keys)
 
-    def images(self, metadata: pa.Table) -> Iterator[tuple[pa.Table, list[bytes]]]:
-        """The rows of `metadata` with their stored image files, one dataset shard at a time.
+    def images(self, metadata: pa.Table) -> Iterator[tuple[pa.Table, list[pa.Buffer]]]:
+        """The rows of `metadata` with their stored image files, not copied, one dataset shard at a time.
 
         Raises:
             StoreError: a pair that is kept has no image.
@@ -153,16 +153,15 @@ class Selection:
             files[file.shard].append(file)
         schema = pa.schema([fields.UID, fields.IMAGE])
         start = 0
-        shards = metadata.column("shard").to_pylist()
-        while start < len(shards):
-            end = start + shards[start:].count(shards[start])
-            rows = metadata.slice(start, end - start)
-            stored = read_files(self.snapshot.dataset, files[shards[start]], schema, ["uid", "image"])
+        for shard, samples in Counter(metadata.column("shard").to_pylist()).items():  # in order, as the rows
+            rows = metadata.slice(start, samples)
+            start += samples
+            stored = read_files(self.snapshot.dataset, files[shard], schema, ["uid", "image"])
             position = {uid: i for i, uid in enumerate(stored.column("uid").to_pylist())}
-            column = stored.column("image").combine_chunks() if len(stored) else pa.array([], pa.binary())
+            column = stored.column("image")
             images = []
             for uid in rows["uid"].to_pylist():
-                image = column[position[uid]].as_py() if uid in position else None
+                image = column[position[uid]].as_buffer() if uid in position else None
                 if image is None:
                     raise StoreError(
                         f"the pair {uid} is kept but has no stored image; "
@@ -170,7 +169,6 @@ class Selection:
                     )
                 images.append(image)
             yield rows, images
-            start = end
 
 
 def as_json(rows: pa.Table) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from pairmill.errors import ConfigError, StoreError
 from pairmill.export import export_parquet, export_webdataset
 from pairmill.export.folder import Folder
 from pairmill.export.selection import group_shards
+from pairmill.export.webdataset import _header
 from pairmill.store import DataFile
 from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
 
@@ -308,6 +309,13 @@ def test_to_any_file_system(built, exported):
     for name, data in content(exported).items():
         assert memory.cat_file(f"/exports/one/{name}") == data
     assert export_webdataset(built.snapshot, "memory://exports/one", pairs_per_shard=10).written == 0
+
+
+@given(st.from_regex(r"[0-9a-z_-]{1,64}\.(jpg|json)", fullmatch=True), st.integers(0, 2**33 - 1))
+def test_headers_are_those_of_tarfile(name, size):
+    expected = tarfile.TarInfo(name)
+    expected.size = size
+    assert _header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_parquet(built, exported, tmp_path):
