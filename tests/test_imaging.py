@@ -74,6 +74,15 @@ def test_bytes_after_the_picture_are_cut_off(kind: str) -> None:
     assert imaging.store(progressive + b"tail\xff\xd9", AS_IT_IS).image == progressive
 
 
+def test_a_phone_s_second_picture_is_cut_off() -> None:
+    data = encoded(quadrants(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 24))])
+    stored = imaging.store(data, AS_IT_IS)
+    assert not stored.animated
+    assert stored.format == "jpeg"
+    assert len(stored.image) < len(data)
+    assert np.abs(seen(stored.image) - ARRAY).mean() < 12
+
+
 # -- right pixels -----------------------------------------------------------------------------------------------------
 
 

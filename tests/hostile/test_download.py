@@ -385,9 +385,9 @@ def test_tls_to_a_server_without_it(web: HostileServer) -> None:
 )
 def test_the_deadline_covers_headers_and_body(web: HostileServer, name: str, answer: object) -> None:
     began = time.monotonic()
-    row = with_control(web, web.add(f"/{name}", answer), timeout_s=0.5)
+    row = with_control(web, web.add(f"/{name}", answer), timeout_s=1.5)
     assert row["reason"] == "http.timeout"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 5
 
 
 def test_a_server_that_asks_for_patience_gets_one_request(web: HostileServer) -> None:
@@ -477,11 +477,10 @@ def test_other_hosts_go_on_while_one_is_slow(web: HostileServer) -> None:
     slow = [web.url(f"/slow?{i}", "127.0.0.3") for i in range(8)]
     fast = [web.url(f"/good.jpg?{i}") for i in range(20)]
     web.seen.clear()
-    rows = download([*slow, *fast], concurrency=4, per_host=2, timeout_s=0.4)
+    rows = download([*slow, *fast], concurrency=4, per_host=2, timeout_s=0.8)
     assert [row["reason"] for row in rows] == ["http.timeout"] * 8 + [None] * 20
-    began = web.seen[0][0]
-    assert max(at for at, path in web.seen if path == "/good.jpg") - began < 0.4
-    assert max(at for at, path in web.seen if path == "/slow") - began > 1.0  # eight by twos
+    last = {path: max(at for at, seen in web.seen if seen == path) for path in ("/slow", "/good.jpg")}
+    assert last["/good.jpg"] < last["/slow"] - 0.8  # the slow ones go by twos; the others wait for none of them
 
 
 def test_a_dead_host_is_given_up_for_the_batch(web: HostileServer) -> None:
@@ -489,10 +488,10 @@ def test_a_dead_host_is_given_up_for_the_batch(web: HostileServer) -> None:
     urls = [web.url(f"/dead?{i}", "127.0.0.3") for i in range(200)]
     web.hits["/dead"] = 0
     began = time.monotonic()
-    rows = download([*urls, web.url("/good.jpg")], per_host=4, timeout_s=0.2, retries=2)
+    rows = download([*urls, web.url("/good.jpg")], per_host=4, timeout_s=0.6, retries=2)
     assert [row["reason"] for row in rows] == ["http.timeout"] * 200 + [None]
     assert 16 <= web.hits["/dead"] <= 20
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8
 
 
 def test_no_more_than_per_host_at_once(web: HostileServer) -> None:
