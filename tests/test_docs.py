@@ -1,0 +1,50 @@
+"""What the docs say of the config is true."""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from schemas.config import RunConfig
+
+TEXT = Path("docs/config.md").read_text(encoding="utf-8")
+
+
+def documented() -> dict[str, Any]:
+    block = re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    assert block is not None
+    found: dict[str, Any] = yaml.safe_load(block[1])
+    return found
+
+
+def test_the_documented_config_is_valid_and_holds_the_defaults():
+    data = documented()
+    config = RunConfig.model_validate(data)
+    defaults = RunConfig.model_validate({"dataset": data["dataset"], "source": data["source"]})
+    assert config == defaults
+
+
+def test_every_key_is_documented():
+    missing = []
+
+    def walk(model: type[BaseModel], given: dict[str, Any], place: str) -> None:
+        for name, info in model.model_fields.items():
+            key = info.alias or name
+            if key not in given:
+                missing.append(f"{place}{key}")
+            kind = info.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and isinstance(given.get(key), dict):
+                walk(kind, given[key], f"{place}{key}.")
+
+    data = documented()
+    walk(RunConfig, data, "")
+    union = typing.get_args(typing.get_args(RunConfig.model_fields["source"].annotation)[0])[0]
+    for source in typing.get_args(union):
+        kind = source.model_fields["kind"].default
+        walk(source, next(s for s in data["source"] if s["kind"] == kind), f"source.{kind}.")
+    assert missing == []
