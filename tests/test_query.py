@@ -7,6 +7,7 @@ import pytest
 
 from pairmill.errors import ConfigError
 from pairmill.query import VIEWS, _SnapshotFiles, connect, query
+from schemas import fields
 from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
 
 PAIRS = [
@@ -112,6 +113,18 @@ def test_a_recipe_without_scores_leaves_nulls(tmp_path):
     assert rows(built, "SELECT DISTINCT clip_score FROM pairs") == [{"clip_score": None}]
     table = query(built.snapshot, "SELECT clip_score, itm_score FROM texts")
     assert table.schema.types == [pa.float32(), pa.float32()] and table["clip_score"].null_count == 3
+
+
+def test_a_recipe_without_images_leaves_the_views_empty(tmp_path):
+    snapshot = build(str(tmp_path), PAIRS[:2], clip=False).snapshot
+    for field in fields.IMAGES:
+        del snapshot.record.columns[field.name]
+    assert query(snapshot, "SELECT DISTINCT width, sha256, clip_score FROM pairs").to_pylist() == [
+        {"width": None, "sha256": None, "clip_score": None}
+    ]
+    images = query(snapshot, "SELECT uid, image, width, transform FROM images")
+    assert images.num_rows == query(snapshot, "FROM boxes").num_rows == 0
+    assert images.schema.types == [pa.string(), pa.binary(), pa.int32(), pa.list_(pa.field("l", pa.float32()))]
 
 
 def test_tables_without_files_are_empty_with_the_right_types(tmp_path):
