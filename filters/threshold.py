@@ -267,7 +267,7 @@ def _size(size: tuple[int, int] | None) -> str:
 def text_verdicts(keep: Keep) -> tuple[Verdict, ...]:
     """The rules of `keep` over what `filters.text_rules.TextStats` measures; the first that speaks gives the reason."""
     words, chars = fields.WORDS.name, fields.CHARS.name
-    rules: list[Verdict] = [Threshold("text", chars, ">=", 1, Reason.TEXT_EMPTY)]
+    rules: list[Verdict] = [Threshold("empty", chars, ">=", 1, Reason.TEXT_EMPTY)]
     if not keep.boilerplate:
         rules.append(NotBoilerplate())
     if keep.min_words is not None:

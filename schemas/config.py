@@ -173,7 +173,9 @@ class Keep(BaseModel):
     max_repetition: float | None = Field(0.6, ge=0, le=1, description="share of the text that repeats itself")
     boilerplate: bool = Field(False, description="true keeps texts such as file names and 'image of'")
     language: tuple[str, ...] | None = Field(("en",), description="ISO 639-1 codes; null: any")
-    min_language_score: float = Field(0.5, ge=0, le=1)
+    min_language_score: float = Field(
+        0.5, ge=0, le=1, description="another language counts from this probability on; texts of unsure language stay"
+    )
     min_side: int | None = Field(200, gt=0, description="shorter side of the original, pixels")
     max_aspect: float | None = Field(3.0, ge=1, description="longer side over shorter side")
     min_contrast: float | None = Field(2.0, ge=0, description="standard deviation of grey levels; below: blank")
