@@ -58,8 +58,9 @@ class ClipScore(Stage):
             cosines = iter(_cosines(images[[i for i, _ in flat]], vectors) if flat else ())
             scores = [[None if text is None else next(cosines) for text in row] or None for row in texts]
             first = [row[0] if row else None for row in scores]
-            columns = zip(self.writes, (list(images), scores, first), strict=True)
-            measured = {f.name: _scatter(values, positions, len(batch), f) for f, values in columns}
+            values: tuple[list[Any], ...] = (list(images), scores, first)
+            written = zip(self.writes, values, strict=True)
+            measured = {f.name: _scatter(column, positions, len(batch), f) for f, column in written}
             return pa.table(measured | missing_image(len(batch), positions))
 
         return kernel

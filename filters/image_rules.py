@@ -16,6 +16,8 @@ def with_image(batch: Batch) -> tuple[Batch, list[int]]:
     """The rows of a batch that have an image, and their positions."""
     present = pc.is_valid(batch.column(fields.IMAGE.name)).to_pylist()
     positions = [i for i, there in enumerate(present) if there]
+    if len(positions) == len(batch):
+        return batch, positions
     return Batch(batch.table.take(pa.array(positions, pa.int64())), batch.pixels), positions
 
 
