@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from pairmill.procedural.web import ProceduralWeb
+from pairmill.query import query
 from pairmill.report.progress import Silent
 from pairmill.run import load_config, refresh
 from pairmill.store import Dataset, column_digests, open_delta, read_files
@@ -64,20 +65,46 @@ def downloaded(folder: Path) -> set[str]:
     return set(read_files(dataset, files, fields.PAIRS, ["uid"]).column("uid").to_pylist())
 
 
+def main_config(folder: Path, **changes: object) -> Path:
+    """A config file of the main recipe over the web written to `folder`."""
+    data = {
+        "dataset": str(folder / "killed"),
+        "recipe": "clip_filter",
+        "source": {"kind": "url_table", "path": str(folder / "urls.parquet")},
+        "engine": {"kind": "local"},
+        "shard_size": 30,
+        "download": {"allow_private_addresses": True, "timeout_s": 2, "retries": 0, "per_host": 32},
+        "keep": {"clip_score": "top 70%"},
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_deferred_rows_are_tried_again_when_asked_and_only_they(tmp_path: Path):
+    with ProceduralWeb(150, seed=11, hang_s=3) as web:
+        web.write(tmp_path)
+        run = load_config(str(main_config(tmp_path)))
+        first = refresh(run, Silent()).snapshot
+        assert first is not None and first.deferred > 0
+        web.requests.clear()
+        assert not refresh(run, Silent()).published, "nobody asked"
+        assert not web.requests
+        again = refresh(run, Silent(), retry_deferred=True)
+        asked = query(
+            Dataset(run.dataset).snapshot(1), "SELECT DISTINCT url FROM pairs WHERE status = 'deferred'"
+        ).column("url")
+        assert set(web.requests) - {f"http://{web.host}:{web.port}/robots.txt"} == set(asked.to_pylist())
+        assert again.computed["images"] == first.deferred
+        assert again.snapshot is not None and again.snapshot.admitted == first.admitted
+        assert again.snapshot.kept + sum(again.snapshot.reasons.values()) == 150
+
+
 def test_sigkill_at_five_points_gives_the_same_snapshot_and_downloads_nothing_twice(tmp_path: Path):
     with ProceduralWeb(150, seed=11, hang_s=3) as web:
         web.write(tmp_path)
-        data = {
-            "dataset": str(tmp_path / "killed"),
-            "recipe": "clip_filter",
-            "source": {"kind": "url_table", "path": str(tmp_path / "urls.parquet")},
-            "engine": {"kind": "local"},
-            "shard_size": 30,
-            "download": {"allow_private_addresses": True, "timeout_s": 2, "retries": 0, "per_host": 32},
-            "keep": {"clip_score": "top 70%"},
-        }
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(data))
+        path = main_config(tmp_path)
         calm = load_config(str(path), [f"dataset={tmp_path / 'calm'}"])
         assert refresh(calm, Silent()).published
         web.requests.clear()
