@@ -26,7 +26,7 @@ SCALE = 4000
 SLACK = 2e-3
 """Rounding moves a cosine by 1e-4 (standard deviation); pairs this far below the floor are still looked at exactly."""
 FLAT_ROWS = 20_000
-"""Below this many rows a plain search of all against all costs less than training cells (benchmarks/dedup.py)."""
+"""Below this many rows all are compared with all: that takes seconds, and cells would save little of them."""
 BLOCK = 65_536
 """Rows held as float32 at a time."""
 PAIRS = 2**24
@@ -37,7 +37,7 @@ RAM = 2**30
 TRAINING_ROWS = 24
 """Rows a cell in the sample that cells are trained on."""
 ITERATIONS = 6
-"""Of k-means; more did not change recall (benchmarks/dedup.py)."""
+"""Of k-means; twice as many on more rows did not change recall (benchmarks/dedup.py)."""
 
 Matrix = npt.NDArray[np.float32]
 
@@ -141,11 +141,15 @@ class Near:
         )
 
 
-def default_cells(rows: int, queries: int, probe: int) -> int:
+def default_cells(rows: int, queries: int) -> int:
     """The number of cells when the config names none: 1 below `FLAT_ROWS` rows or when there are so few queries that
-    assigning all rows to cells would cost more than comparing the queries with everything; else ``sqrt(probe * rows)``,
-    where assigning the rows to cells costs as much as searching ``probe`` cells for each."""
-    cells = round((probe * rows) ** 0.5)
+    assigning all rows to cells would cost more than comparing the queries with everything; else ``sqrt(rows)``.
+
+    Assigning rows costs as much as searching ``probe`` cells at ``sqrt(probe * rows)`` cells. Half as many, which this
+    is with four cells probed, cost 20% less at 100,000 rows, since training counts too, and cells that are larger lose
+    fewer neighbours (benchmarks/dedup.py).
+    """
+    cells = round(rows**0.5)
     return 1 if rows < FLAT_ROWS or queries <= cells else cells
 
 

@@ -107,7 +107,7 @@ class _Search:
 
     def _parts(self, queries: Mask) -> Iterator[tuple[Rows, Rows]]:
         stage, rows = self._stage, len(queries)
-        cells = stage.cells or default_cells(rows, int(queries.sum()), stage.probe)
+        cells = stage.cells or default_cells(rows, int(queries.sum()))
         if cells == 1:
             return Flat(rows).parts(queries)
         if cells not in self._cells:

@@ -214,9 +214,9 @@ def test_the_way_of_the_gpu_finds_the_same(monkeypatch):
 
 
 def test_the_number_of_cells_follows_the_size_and_the_work():
-    assert cells.default_cells(19_999, 19_999, 4) == 1
-    assert cells.default_cells(1_000_000, 1_000_000, 4) == 2000
-    assert cells.default_cells(1_000_000, 500, 4) == 1  # a small refresh: comparing with everything costs less
+    assert cells.default_cells(19_999, 19_999) == 1
+    assert cells.default_cells(1_000_000, 1_000_000) == 1000
+    assert cells.default_cells(1_000_000, 500) == 1  # a small refresh: comparing with everything costs less
 
 
 @given(st.integers(1, 30), st.data())
