@@ -41,6 +41,7 @@ clean: ## remove the environment, caches and the demo
 
 .venv/.ready: requirements.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "pairmill needs Python 3.10, 3.11 or 3.12, and found none of them; install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON); name a Python 3.10, 3.11 or 3.12: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	@$(PYTHON) -c $(supported) || { echo "$(PYTHON) is `$(PYTHON) -V 2>&1`; pairmill needs Python 3.10, 3.11 or 3.12: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@echo "Setting up .venv from requirements.txt (the first time takes some minutes)" >&2
 	@test -x $(bin)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
