@@ -150,7 +150,6 @@ class State:
     """str or None."""
     detail: np.ndarray
     duplicate_of: np.ndarray
-    cluster: np.ndarray
     todo: dict[int, np.ndarray] = field(default_factory=dict)
     """Rows that the stage with this index in the plan has to compute."""
     funnel: list[dict[str, Any]] = field(default_factory=list)
@@ -163,8 +162,7 @@ class State:
         reason = np.array(frame.pairs_column("reason").to_pylist(), dtype=object)
         detail = np.array(frame.pairs_column("detail").to_pylist(), dtype=object)
         live = np.array([r is None for r in reason], dtype=bool)
-        nothing = np.full(n, None, dtype=object)
-        state = cls(live, np.zeros(n, bool), reason, detail, nothing.copy(), nothing.copy())
+        state = cls(live, np.zeros(n, bool), reason, detail, np.full(n, None, dtype=object))
         counts = Counter(r for r in reason if r is not None)
         state._record("source", "source", n, counts)
         return state
@@ -186,8 +184,6 @@ class State:
 
 
 def _drop(state: State, rows: np.ndarray, verdict: Judgement) -> Counter[str]:
-    if verdict.cluster is not None:
-        state.cluster[rows] = np.array(verdict.cluster.to_pylist(), dtype=object)
     reasons = verdict.reason
     guilty = np.flatnonzero(pc.is_valid(reasons).to_numpy(zero_copy_only=False))
     if not len(guilty):
@@ -233,7 +229,6 @@ def judge(planned: PlannedStep, frame: Frame, rows: np.ndarray) -> Judgement:
             ("reason", answer.reason),
             ("detail", answer.detail),
             ("duplicate_of", answer.duplicate_of),
-            ("cluster", answer.cluster),
         )
     }
     return Judgement(**columns)

@@ -84,7 +84,7 @@ def _isolated(job: Job, group: int, unit: Unit) -> Unit:
                 if silent >= MAX_SILENT_DEATHS:
                     raise errors.EngineError(
                         f"the process that works on shard {unit.shard} ({job.groups[group].title}) dies while it loads "
-                        "or writes, not on a row: most often memory is short (fewer engine.workers, smaller models.batch)"
+                        "or writes, not on a row: often memory is short (fewer engine.workers, smaller models.batch)"
                     )
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from pairmill import config_file
 from pairmill.admission import Admission, admit
+from pairmill.dedup.groups import settle
 from pairmill.engines import open_engine
 from pairmill.errors import ConfigError, ContractError, PlanError
 from pairmill.execute import Frame, Job, State, Unit, replay, sorted_by_uid, table_schema, units_to_do
@@ -372,14 +373,15 @@ class _Refresh:
         """Write the ledger and the snapshot record, unless the last snapshot says the same already."""
         reasons = Counter(r for r in state.reason.tolist() if r is not None)
         status = [status_of(r).value for r in state.reason.tolist()]
+        groups = settle(frame.uid, pa.array(state.duplicate_of.tolist(), pa.string()))
         ledger = pa.table(
             {
                 "uid": frame.uid,
                 "status": status,
                 "reason": state.reason.tolist(),
                 "detail": state.detail.tolist(),
-                "duplicate_of": state.duplicate_of.tolist(),
-                "cluster": state.cluster.tolist(),
+                "duplicate_of": groups.duplicate_of,
+                "cluster": groups.cluster,
             },
             schema=fields.LEDGER,
         )

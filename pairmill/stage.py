@@ -171,7 +171,7 @@ class Judgement:
     reason: pa.Array
     detail: pa.Array | None = None
     duplicate_of: pa.Array | None = None
-    cluster: pa.Array | None = None
+    """uid of the pair that a dropped pair duplicates; groups follow from it (`pairmill.dedup.groups`)."""
 
 
 class Verdict(Step, ABC):

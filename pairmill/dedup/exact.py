@@ -69,12 +69,9 @@ def _most_senior(group: Rows, rank: Rows) -> Rows:
 def _judgement(live: pa.Table, content: Rows, centre: Rows) -> Judgement:
     rows = np.arange(live.num_rows)
     dropped = centre != rows
-    shared = np.zeros(live.num_rows, dtype=bool)
-    shared[centre[dropped]] = True
     uids = live.column("uid")
     reason = np.where(content == content[centre], Reason.DUPLICATE_BYTES.value, Reason.DUPLICATE_PIXELS.value)
     return Judgement(
         reason=pa.array(reason, pa.string(), mask=~dropped),
         duplicate_of=uids.take(pa.array(centre, mask=~dropped)).combine_chunks(),
-        cluster=uids.take(pa.array(centre, mask=~(dropped | shared))).combine_chunks(),
     )

@@ -191,7 +191,7 @@ class SemanticDuplicates(GlobalVerdict):
     Rows are judged in the order of seniority, so the outcome depends neither on the order of the rows nor on how edges
     were found, and rows of a later refresh change nothing for earlier ones. An edge counts from whichever side it was
     stored; edges to rows that are no longer live do not count. ``duplicate_of`` is the most similar of the senior pairs
-    that stay (the more senior of equals); ``cluster`` is its uid for the pair itself and for all its duplicates.
+    that stay (the more senior of equals).
     """
 
     name: ClassVar[str] = "semantic"
@@ -259,13 +259,10 @@ def _judgement(uids: pa.ChunkedArray, best: Near) -> Judgement:
     dropped[best.query] = True
     centre = np.arange(rows)
     centre[best.query] = best.other
-    grouped = dropped.copy()
-    grouped[best.other] = True
     detail = np.full(rows, None, dtype=object)
     detail[best.query] = [f"cosine {similarity:.4f}" for similarity in best.similarity]
     return Judgement(
         reason=pa.array(np.where(dropped, Reason.DUPLICATE_SEMANTIC.value, ""), pa.string(), mask=~dropped),
         detail=pa.array(detail, pa.string()),
         duplicate_of=uids.take(pa.array(centre, mask=~dropped)).combine_chunks(),
-        cluster=uids.take(pa.array(centre, mask=~grouped)).combine_chunks(),
     )

@@ -15,7 +15,6 @@ from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
 from schemas.config import Engine as EngineConfig
 
-
 WORKER_RETRIES = 3
 """How many processes may die in a row, with no unit finished in between."""
 

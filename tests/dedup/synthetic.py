@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pyarrow as pa
 
+from pairmill.dedup.groups import settle
 from pairmill.stage import Judgement
 
 
@@ -50,8 +51,9 @@ def measured(stage, table: pa.Table, todo=None) -> pa.Table:
 
 
 def verdicts(table: pa.Table, judgement: Judgement) -> dict[str, tuple]:
-    """(reason, duplicate_of, cluster) by uid."""
-    columns = (judgement.reason, judgement.duplicate_of, judgement.cluster)
+    """(reason, duplicate_of, cluster) by uid; the cluster as the ledger has it."""
+    cluster = settle(table["uid"], judgement.duplicate_of).cluster
+    columns = (judgement.reason, judgement.duplicate_of, cluster)
     return dict(zip(table["uid"].to_pylist(), zip(*(c.to_pylist() for c in columns), strict=True), strict=True))
 
 
