@@ -259,11 +259,12 @@ class _Refresh:
         job = Job(self.dataset.url, self.plan, number, errors.max_fraction, errors.min_rows)
         shards = frame.pairs_column("shard").to_numpy()
         rows_of = dict(zip(*(a.tolist() for a in np.unique(shards, return_counts=True)), strict=True))
+        started = engine.get(self.reporter)
         self.reporter.start(self.plan.segments[number].title, sum(rows_of[u.shard] for u in units))
         done: list[Unit] = []
         committed = time.monotonic()
         try:
-            for unit in engine.get(self.reporter).run(job, units):
+            for unit in started.run(job, units):
                 raise_failure(unit)
                 done.append(unit)
                 self._account(unit)

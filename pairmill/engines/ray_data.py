@@ -71,7 +71,7 @@ def _start(address: str | None) -> str:
             with contextlib.suppress(ConnectionError):
                 ray.init(address="auto", **quiet)
                 return "ray cluster that runs here"
-        with _import_path():
+        with _import_path(), _without_greeting():
             ray.init(address="local", include_dashboard=False, _node_ip_address=LOCAL_ADDRESS, **quiet)
     except (ConnectionError, RuntimeError, OSError) as error:
         raise EngineError(
@@ -93,6 +93,21 @@ def _import_path() -> Iterator[None]:
             del os.environ["PYTHONPATH"]
         else:
             os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Ray's core writes a line about its log level straight to file descriptor 2 while it starts; errors are raised."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(nowhere)
+        os.close(saved)
 
 
 @dataclass(frozen=True)

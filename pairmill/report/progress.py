@@ -118,7 +118,7 @@ class LiveReporter:
         self.finish()
         self._dropped = Counter()
         self._progress = _progress(self._console)
-        self._progress.add_task(title, total=rows, drops="", rate="")
+        self._progress.add_task(title, total=rows, drops="", rate="", left="")
         self._progress.start()
 
     def advance(self, rows: int, dropped: Mapping[str, int]) -> None:
@@ -128,8 +128,10 @@ class LiveReporter:
         self._dropped.update(dropped)
         task = self._progress.tasks[0]
         done = task.completed + rows
-        rate = f"{done / task.elapsed:,.1f} rows/s" if task.elapsed else ""
-        self._progress.update(task.id, advance=rows, drops=_drops(self._dropped).removeprefix(", "), rate=rate)
+        rate = done / task.elapsed if task.elapsed else 0.0
+        left = f"{_duration((task.total - done) / rate)} left" if rate and task.total and done < task.total else ""
+        drops = _drops(self._dropped).removeprefix(", ")
+        self._progress.update(task.id, advance=rows, drops=drops, rate=f"{rate:,.1f} rows/s" if rate else "", left=left)
 
     def finish(self) -> None:
         """Leave the line as it is."""
@@ -153,7 +155,7 @@ def reporter_for(stream: TextIO, environment: Mapping[str, str] = os.environ) ->
 
 
 def _progress(console: Any) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Column
 
     return Progress(
@@ -161,7 +163,8 @@ def _progress(console: Any) -> Progress:
         BarColumn(bar_width=12),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[rate]}", markup=False, table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]}", markup=False, table_column=Column(no_wrap=True)),
         # the one that gives way on a narrow terminal: the funnel says it all in the end
         TextColumn("{task.fields[drops]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
         console=console,

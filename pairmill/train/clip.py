@@ -7,7 +7,9 @@ The model is open_clip's own `CLIP`; only the loop is ours. Three terms share on
 - threshold: the pairwise sigmoid loss (SigLIP, arXiv:2303.15343, section 3.2) with the oracle's answer for every
   picture and caption as label, and the bias tied to a fixed cosine, so that one cosine parts true from false;
 - views: NT-Xent between two augmented views of a picture (SLIP, arXiv:2112.12750, section 3), on the final
-  image embedding, so that copies of a picture lie close together and different pictures apart.
+  image embedding, so that copies of a picture lie close together and different pictures apart. It weighs more in the
+  second half: captions teach the objects first, then backgrounds, which no caption names, must part pictures of the
+  same objects.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class TrainClipConfig(BaseModel):
     contrast_weight: float = Field(default=1.0, ge=0, description="weight of the InfoNCE term")
     threshold_weight: float = Field(default=1.0, ge=0, description="weight of the sigmoid term")
     true_weight: float = Field(default=12.0, gt=0, description="weight of true pairs within the sigmoid term")
-    views_weight: float = Field(default=1.0, ge=0, description="weight of the view-to-view term")
+    views_weight: float = Field(default=1.0, ge=0, description="weight of the view-to-view term, first half")
+    late_views_weight: float = Field(default=4.0, ge=0, description="the same, second half of the steps")
     views_temperature: float = Field(default=0.06, gt=0, description="temperature of the view-to-view term")
     decision_cosine: float = Field(default=0.28, gt=0, lt=1, description="cosine that is to part true from false")
     image_size: int = Field(default=64, description="side of the model's input in pixels")
@@ -93,7 +96,7 @@ class TrainClipReport:
         out: the folder written.
         first_loss, last_loss: mean loss of the first and the last 20 steps of this call (nan without steps).
         seconds: wall time of this call, without the evaluation.
-        metrics: what `metrics.json` holds.
+        metrics: what `metrics.json` holds; its `train_seconds` adds up the calls of an interrupted training.
     """
 
     out: Path
@@ -151,7 +154,7 @@ def train_clip(config: TrainClipConfig, *, progress: Callable[[TrainProgress], N
         )
         losses.append(trainer.update(batch))
         if trainer.step % config.checkpoint_every == 0:
-            trainer.save_checkpoint(checkpoint)
+            trainer.save_checkpoint(checkpoint, seconds=time.monotonic() - started)
         now = time.monotonic()
         if now - told >= 1 or trainer.step == config.steps:
             told = now
@@ -163,7 +166,8 @@ def train_clip(config: TrainClipConfig, *, progress: Callable[[TrainProgress], N
     save_clip(trainer.model, config, vocabulary)
     report(TrainProgress("evaluate", 0, 1))
     metrics = measure_clip(config.out, scenes=config.evaluation_scenes, pairs=config.evaluation_pairs)
-    metrics = {**metrics, "train_seconds": round(seconds, 1), "steps": config.steps, "seed": config.seed}
+    in_all = round(trainer.seconds_before + seconds, 1)
+    metrics = {**metrics, "train_seconds": in_all, "steps": config.steps, "seed": config.seed}
     _write_text(config.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_card(config, metrics)
     settings = {**config.model_dump(mode="json", exclude={"work"}), "out": f"out/{config.out.name}"}
@@ -221,13 +225,14 @@ def save_clip(model: nn.Module, config: TrainClipConfig, vocabulary: int) -> Non
 
 
 class _Trainer:
-    """Model, optimizer and step; a checkpoint holds all three."""
+    """Model, optimizer, step and time spent; a checkpoint holds them all."""
 
     def __init__(self, config: TrainClipConfig, vocabulary: int) -> None:
         from open_clip.model import CLIP
 
         self.config = config
         self.step = 0
+        self.seconds_before = 0.0
         torch.manual_seed(config.seed)
         self.model = CLIP(**model_config(config, vocabulary)).to(memory_format=torch.channels_last)
         named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
@@ -289,11 +294,11 @@ class _Trainer:
         return (
             config.contrast_weight * contrast / 2
             + config.threshold_weight * (config.true_weight * right + wrong) / 2
-            + config.views_weight * views
+            + (config.views_weight if 2 * self.step < config.steps else config.late_views_weight) * views
         )
 
-    def save_checkpoint(self, path: Path) -> None:
-        """Write everything the next step depends on, atomically."""
+    def save_checkpoint(self, path: Path, *, seconds: float) -> None:
+        """Write everything the next step depends on, atomically; `seconds` is the time this call took so far."""
         from safetensors.torch import save_file
 
         tensors = {"model." + name: tensor.contiguous().clone() for name, tensor in self.model.state_dict().items()}
@@ -301,7 +306,9 @@ class _Trainer:
             for key, value in state.items():
                 tensors[f"optimizer.{self.order[place]}:{key}"] = value.contiguous().clone()
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"step": str(self.step), "config": _digest(self.config)})
+        seconds += self.seconds_before
+        metadata = {"step": str(self.step), "config": _digest(self.config), "seconds": f"{seconds:.1f}"}
+        save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
@@ -325,6 +332,7 @@ class _Trainer:
                 state.setdefault(self.order.index(parameter), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.step = int(metadata["step"])
+        self.seconds_before = float(metadata["seconds"])
 
 
 def _encode_text(model: Any, tokens: torch.Tensor, groups: int = 4) -> torch.Tensor:

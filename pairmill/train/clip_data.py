@@ -106,7 +106,7 @@ class Corpus:
         rng = random.Random(f"corpus:{seed}")
         self.pictures = torch.empty((scenes, 3, side, side), dtype=torch.uint8)
         self.margins = np.empty((scenes, 4), dtype=np.float32)
-        drawn = []
+        drawn: list[Scene] = []
         texts: list[str] = []
         self.true = np.empty((scenes, captions), dtype=np.int64)
         self.false = np.full((scenes, captions, len(CORRUPTIONS)), -1, dtype=np.int64)
