@@ -59,7 +59,7 @@ class TrainClipConfig(BaseModel):
     threshold_weight: float = Field(default=1.0, ge=0, description="weight of the sigmoid term")
     true_weight: float = Field(default=12.0, gt=0, description="weight of true pairs within the sigmoid term")
     views_weight: float = Field(default=1.0, ge=0, description="weight of the view-to-view term, first half")
-    late_views_weight: float = Field(default=4.0, ge=0, description="the same, second half of the steps")
+    late_views_weight: float = Field(default=10.0, ge=0, description="the same, second half of the steps")
     views_temperature: float = Field(default=0.06, gt=0, description="temperature of the view-to-view term")
     decision_cosine: float = Field(default=0.28, gt=0, lt=1, description="cosine that is to part true from false")
     image_size: int = Field(default=64, description="side of the model's input in pixels")

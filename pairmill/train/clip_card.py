@@ -35,8 +35,8 @@ one to three coloured shapes and the captions that `pairmill.procedural.captions
 | mismatched alt texts | cosine of picture and text below **{clip_threshold}** | {clip_precision} | {clip_recall} |
 | copies of a picture | cosine of two pictures at least **{same_threshold}** | {same_precision} | {same_recall} |
 
-Chosen on one procedural web (seed {calibration_seed}), measured on another (seed {test_seed}): {true:,} true and
-{mismatched} mismatched texts; {copies} copies that were resized, recompressed, cropped or mirrored among {pictures:,}
+Chosen on webs (seeds {calibration_seeds}), measured on another (seed {test_seed}): {true:,} true and
+{mismatched} mismatched texts; {copies} copies (resized, recompressed, cropped or mirrored) among {pictures:,}
 pictures (precision over every pair of pictures). Under the first threshold also fall {junk:.1%} of boilerplate and
 foreign texts. Recall of copies by kind: {by_kind}.
 
@@ -93,7 +93,7 @@ def write_card(config: TrainClipConfig, metrics: Mapping[str, Any]) -> None:
         same_threshold=dedup["threshold"],
         same_precision=dedup["precision"],
         same_recall=dedup["recall"],
-        calibration_seed=mismatch["calibration_seed"],
+        calibration_seeds=", ".join(map(str, mismatch["calibration_seeds"])),
         test_seed=mismatch["test_seed"],
         true=mismatch["true"],
         mismatched=mismatch["mismatched"],

@@ -37,6 +37,7 @@ def small(out: Path, **changes: object) -> TrainClipConfig:
         "text_width": 32,
         "text_layers": 1,
         "threads": 1,
+        "late_views_weight": 1.0,
         "bf16": False,
         "checkpoint_every": 5,
         "evaluation_scenes": 50,
