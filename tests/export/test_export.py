@@ -1,4 +1,3 @@
-import functools
 import gc
 import hashlib
 import io
@@ -7,7 +6,6 @@ import re
 import tarfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -24,6 +22,7 @@ from pairmill.export.selection import group_shards
 from pairmill.export.webdataset import _header
 from pairmill.store import DataFile
 from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
+from tests.readers import open_clip_loader
 
 FORMATS = ("jpeg", "png", "webp")
 PAIRS = [
@@ -144,39 +143,12 @@ def test_webdataset_reads_it(built, exported, leaky):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("train", [False, True])
 def test_open_clip_reads_it(built, exported, train, leaky, monkeypatch):
-    from pairmill._torchvision import ensure_torchvision
-
-    ensure_torchvision()
-    import open_clip_train.data
-    import torch
-
-    # open_clip 3.3 knows webdataset up to 0.2.86; later ones mark the end of a tar with a sample without a name.
-    expander = functools.partial(open_clip_train.data.tar_file_expander, eof_value=None)
-    monkeypatch.setattr(open_clip_train.data, "tar_file_expander", expander)
     captions = {pair.text: pair for pair in built.kept()}
     codes = {text: number for number, text in enumerate(captions)}
     shards = f"{exported}/{{00000..00002}}.tar"
-    args = SimpleNamespace(
-        train_data=shards,
-        val_data=shards,
-        train_num_samples=None,  # open_clip takes it from sizes.json
-        val_num_samples=20,
-        train_data_upsampling_factors=None,
-        dataset_resampled=False,
-        batch_size=4,
-        workers=0,
-        world_size=1,
-        seed=0,
-    )
-    info = open_clip_train.data.get_wds_dataset(
-        args,
-        lambda image: torch.from_numpy(np.array(image)),
-        is_train=train,
-        tokenizer=lambda text: torch.tensor([[codes[text]]]),
-    )
-    assert info.dataloader.num_samples == 20
+    loader = open_clip_loader(monkeypatch, shards, 20, codes.__getitem__, train=train)
     seen = []
-    for images, texts in info.dataloader:
+    for images, texts in loader:
         for image, code in zip(images, texts[:, 0], strict=True):
             pair = list(captions.values())[int(code)]
             assert np.array_equal(image.numpy(), np.asarray(Image.open(io.BytesIO(pair.image)).convert("RGB")))

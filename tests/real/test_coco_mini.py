@@ -15,7 +15,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +27,7 @@ from pairmill.query import query
 from pairmill.report.progress import Silent
 from pairmill.run import parse_config, refresh
 from pairmill.store import Dataset
+from tests.readers import open_clip_loader
 
 COCO = Path(__file__).parents[3] / "shared" / "data" / "coco-mini"
 pytestmark = pytest.mark.skipif(not COCO.is_dir(), reason="the COCO photographs are not beside the project")
@@ -119,37 +119,10 @@ def test_webdataset_reads_pixels_and_captions(photographs: tuple[str, dict[str, 
 def test_open_clips_own_loader_reads_the_same(
     photographs: tuple[str, dict[str, str]], exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pairmill._torchvision import ensure_torchvision
-
-    ensure_torchvision()
-    import open_clip_train.data
-    import torch
-
-    # open_clip 3.3 knows webdataset up to 0.2.86; later ones mark the end of a tar with a sample without a name.
-    expander = functools.partial(open_clip_train.data.tar_file_expander, eof_value=None)
-    monkeypatch.setattr(open_clip_train.data, "tar_file_expander", expander)
     _, captions = photographs
     texts = list(captions.values())
     shards = f"{exported}/export/{{00000..00001}}.tar"
-    args = SimpleNamespace(
-        train_data=shards,
-        val_data=shards,
-        train_num_samples=None,
-        val_num_samples=80,
-        train_data_upsampling_factors=None,
-        dataset_resampled=False,
-        batch_size=1,
-        workers=0,
-        world_size=1,
-        seed=0,
-    )
-    info = open_clip_train.data.get_wds_dataset(
-        args,
-        lambda image: torch.from_numpy(np.array(image)),
-        is_train=True,
-        tokenizer=lambda text: torch.tensor([[texts.index(text)]]),
-    )
-    assert info.dataloader.num_samples == 80
+    loader = open_clip_loader(monkeypatch, shards, 80, texts.index)
     stored = {}
     for path in sorted((exported / "export").glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -158,7 +131,7 @@ def test_open_clips_own_loader_reads_the_same(
             if name.endswith(".txt"):
                 stored[data.decode()] = members[name[:-4] + ".jpg"]
     seen = set()
-    for images, codes in info.dataloader:
+    for images, codes in loader:
         text = texts[int(codes[0, 0])]
         assert np.array_equal(images[0].numpy(), np.asarray(Image.open(io.BytesIO(stored[text])).convert("RGB")))
         seen.add(text)
