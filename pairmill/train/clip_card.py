@@ -38,7 +38,9 @@ one to three coloured shapes and the captions that `pairmill.procedural.captions
 Chosen on webs (seeds {calibration_seeds}), measured on another (seed {test_seed}): {true:,} true and
 {mismatched} mismatched texts; {copies} copies (resized, recompressed, cropped or mirrored) among {pictures:,}
 pictures (precision over every pair of pictures). Under the first threshold also fall {junk:.1%} of boilerplate and
-foreign texts. Recall of copies by kind: {by_kind}.
+foreign texts. Recall of copies by kind: {by_kind}. Webs differ: over those that the thresholds were chosen on, all
+together, mismatched texts were caught with precision {clip_precision_before} and recall {clip_recall_before}, copies
+with {same_precision_before} and {same_recall_before}.
 
 ## Quality on held-out scenes
 
@@ -93,6 +95,10 @@ def write_card(config: TrainClipConfig, metrics: Mapping[str, Any]) -> None:
         same_threshold=dedup["threshold"],
         same_precision=dedup["precision"],
         same_recall=dedup["recall"],
+        clip_precision_before=mismatch["calibration_precision"],
+        clip_recall_before=mismatch["calibration_recall"],
+        same_precision_before=dedup["calibration_precision"],
+        same_recall_before=dedup["calibration_recall"],
         calibration_seeds=", ".join(map(str, mismatch["calibration_seeds"])),
         test_seed=mismatch["test_seed"],
         true=mismatch["true"],

@@ -175,7 +175,10 @@ def measure_webs(clip: LoadedClip, *, pairs: int) -> dict[str, Any]:
     clip_threshold = best_threshold(-mismatched, -true)
     caught, lost = (test.mismatched < -clip_threshold).sum(), (test.true < -clip_threshold).sum()
     copies = np.concatenate([scores for web in chosen for scores in web.copies.values()])
-    same_threshold = best_threshold(copies, np.concatenate([web.different for web in chosen]))
+    different = np.concatenate([web.different for web in chosen])
+    same_threshold = best_threshold(copies, different)
+    caught_before = (mismatched < -clip_threshold).sum()
+    found_before = (copies >= same_threshold).sum()
     found = np.concatenate(list(test.copies.values())) >= same_threshold
     wrong = int((test.different >= same_threshold).sum())
     quantiles = (0.5, 0.95, 0.99)
@@ -190,6 +193,8 @@ def measure_webs(clip: LoadedClip, *, pairs: int) -> dict[str, Any]:
             "true_cosine_quantiles": _quantiles(test.true, [1 - q for q in quantiles]),
             "mismatched_cosine_quantiles": _quantiles(test.mismatched, quantiles),
             "calibration_seeds": list(CALIBRATION_SEEDS),
+            "calibration_precision": _share(int(caught_before), int(caught_before + (true < -clip_threshold).sum())),
+            "calibration_recall": _share(int(caught_before), len(mismatched)),
             "test_seed": TEST_SEED,
         },
         "dedup": {
@@ -206,6 +211,8 @@ def measure_webs(clip: LoadedClip, *, pairs: int) -> dict[str, Any]:
             "copy_cosine_quantiles": _quantiles(np.concatenate(list(test.copies.values())), [1 - q for q in quantiles]),
             "highest_different_cosines": [round(float(value), 4) for value in np.sort(test.different)[::-1][:5]],
             "calibration_seeds": list(CALIBRATION_SEEDS),
+            "calibration_precision": _share(int(found_before), int(found_before + (different >= same_threshold).sum())),
+            "calibration_recall": _share(int(found_before), len(copies)),
             "test_seed": TEST_SEED,
         },
     }
