@@ -150,7 +150,7 @@ def demo_config(out: Path, engine: str) -> dict[str, Any]:
         "download": {"per_host": 64, "timeout_s": 3, "retries": 1, "allow_private_addresses": True},
         "models": {"clip": "tiny"},
         "keep": {"clip_score": f">= {tuned['mismatch']['threshold']}"},
-        "dedup": {"semantic": tuned["dedup"]["threshold"], "floor": 0.9},
+        "dedup": {"semantic": tuned["dedup"]["threshold"], "max_colour_distance": 0.07, "floor": 0.9},
         "engine": {"kind": engine},
     }
 

@@ -10,6 +10,7 @@ network and extensions is switched off and locked.
 from __future__ import annotations
 
 import datetime
+import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -279,6 +280,45 @@ def _address(dataset: Dataset, file: DataFile) -> str:
     return f"{_PROTOCOL}://{file.path[len(dataset.root) :].lstrip('/')}"
 
 
+class _SharedFile:
+    """An open file whose position is each thread's own.
+
+    DuckDB's threads share a handle, and its positional read is two calls, a seek and a read: with one position for all,
+    a thread would now and then read from where another one has just sought.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        self._own = threading.local()
+
+    def tell(self) -> int:
+        """Where this thread reads next."""
+        return getattr(self._own, "position", 0)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move this thread's position."""
+        if whence == 2:
+            with self._lock:
+                offset = self._file.seek(offset, 2)
+        elif whence == 1:
+            offset += self.tell()
+        self._own.position = offset
+        return offset
+
+    def read(self, size: int = -1) -> bytes:
+        """Read from this thread's position."""
+        with self._lock:
+            self._file.seek(self.tell())
+            data: bytes = self._file.read(size)
+        self._own.position = self.tell() + len(data)
+        return data
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class _SnapshotFiles(fsspec.AbstractFileSystem):
     """The files of a snapshot under names of their own, for reading only."""
 
@@ -304,7 +344,7 @@ class _SnapshotFiles(fsspec.AbstractFileSystem):
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode != "rb":
             raise PermissionError(f"a snapshot is read-only: {path}")
-        return self._fs.open(self._file(path).path, "rb")
+        return _SharedFile(self._fs.open(self._file(path).path, "rb"))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         """Size and type of a file."""

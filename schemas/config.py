@@ -189,6 +189,13 @@ class Dedup(Section):
     semantic: float | None = Field(
         0.95, gt=0, le=1, description="cosine of CLIP image embeddings from which two are one"
     )
+    max_colour_distance: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="semantic duplicates must also look alike: root mean square difference of 4 x 4 colour layouts "
+        "(0 to 1, the mirrored one counts too); null: the cosine alone decides, as in SemDeDup",
+    )
     floor: float = Field(
         0.80, gt=0, le=1, description="neighbours above this cosine are stored, so `semantic` can move"
     )

@@ -105,6 +105,10 @@ LANGUAGE_SCORE = pa.field("language_score", pa.float32())
 CONTRAST = pa.field("contrast", pa.float32())
 """Standard deviation of the grey levels, 0 to 255; near 0 for a blank image."""
 
+COLOUR_LAYOUT = pa.field("colour_layout", pa.list_(pa.float32()))
+"""Mean red, green and blue, 0 to 1, of each cell of a 4 x 4 grid over the image, row by row: 48 values. A plain kin of
+MPEG-7's colour layout descriptor."""
+
 # -- clip -------------------------------------------------------------------------------------------------------------
 CLIP_IMAGE = pa.field("clip_image", pa.list_(pa.float32()))
 """Unit-length image embedding."""

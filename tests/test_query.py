@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import duckdb
@@ -6,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from pairmill.errors import ConfigError
-from pairmill.query import VIEWS, _SnapshotFiles, connect, query
+from pairmill.query import VIEWS, _SharedFile, _SnapshotFiles, connect, query
 from schemas import fields
 from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
 
@@ -222,3 +223,18 @@ def test_a_remote_dataset_reads_through_fsspec(tmp_path):
         Path(file.path).unlink()
     snapshot.dataset.fs = memory
     assert query(snapshot, "SELECT count(*) AS n FROM pairs WHERE width > 0").to_pylist() == [{"n": 3}]
+
+
+def test_threads_that_share_a_file_each_read_at_their_own_place(tmp_path):
+    """DuckDB seeks and reads in two calls; another thread may seek in between."""
+    (tmp_path / "file").write_bytes(bytes(range(256)))
+    with (tmp_path / "file").open("rb") as opened:
+        shared = _SharedFile(opened)
+        shared.seek(10)
+        found = []
+        other = threading.Thread(target=lambda: (shared.seek(200), found.append(shared.read(3)), shared.seek(-1, 2)))
+        other.start()
+        other.join()
+        assert shared.read(2) == bytes([10, 11]) and shared.tell() == 12
+        assert found == [bytes([200, 201, 202])]
+        assert shared.seek(0, 2) == 256 and shared.seek(-6, 1) == 250 and shared.read() == bytes(range(250, 256))

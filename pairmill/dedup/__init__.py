@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def steps(config: Dedup) -> tuple[Step, ...]:
     """The steps that drop duplicates: exact ones, then those that look alike. They need ``sha256``, ``pixel_sha256``,
-    ``clip_image`` and ``clip_score``.
+    ``clip_image`` and ``clip_score``; with `max_colour_distance` also ``colour_layout``.
 
     Raises:
         ConfigError: `semantic` is below `floor`, so that its neighbours would not be stored.
@@ -30,4 +30,4 @@ def steps(config: Dedup) -> tuple[Step, ...]:
             "lower dedup.floor to at most dedup.semantic"
         )
     neighbours = SemanticNeighbours(config.floor, config.neighbours, config.cells, config.probe)
-    return (*exact, neighbours, SemanticDuplicates(config.semantic))
+    return (*exact, neighbours, SemanticDuplicates(config.semantic, config.max_colour_distance))

@@ -196,16 +196,22 @@ class SemanticDuplicates(GlobalVerdict):
 
     name: ClassVar[str] = "semantic"
     threshold: float = 0.95
+    max_colour_distance: float | None = None
+    """Pairs whose colour layouts differ by more show different pictures, however alike their content; null: any may."""
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The stored edges, and the score that decides who is senior."""
-        return (fields.NEIGHBOURS.name, fields.CLIP_SCORE.name)
+        """The stored edges, the score that decides who is senior, and the colour layout where it counts."""
+        layout = () if self.max_colour_distance is None else (fields.COLOUR_LAYOUT.name,)
+        return (fields.NEIGHBOURS.name, fields.CLIP_SCORE.name, *layout)
 
     def judge(self, live: pa.Table) -> Judgement:
         """Judge all live rows."""
         rank = seniority(live, fields.CLIP_SCORE.name)
         edges = _stored(live.column("uid"), live.column(fields.NEIGHBOURS.name), self.threshold)
+        if self.max_colour_distance is not None:
+            layout = _matrix(live.column(fields.COLOUR_LAYOUT.name))
+            edges = edges.where(colour_distance(layout, edges.query, edges.other) <= self.max_colour_distance)
         backwards = rank[edges.query] < rank[edges.other]
         junior = np.where(backwards, edges.other, edges.query)
         senior = np.where(backwards, edges.query, edges.other)
@@ -230,6 +236,35 @@ def _stored(uids: pa.ChunkedArray, lists: pa.ChunkedArray, threshold: float) -> 
         parts.append(Near(query[there], other[there], np.asarray(pairs.field("similarity"))[near][there]))
         start += len(chunk)
     return Near.concatenate(parts)
+
+
+def _matrix(lists: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """Lists of equal length as rows of a matrix; rows of NaN for null."""
+    column = lists.combine_chunks()
+    known = np.asarray(pc.is_valid(column))
+    values = np.asarray(column.flatten())
+    matrix = np.full((len(column), len(values) // max(1, int(known.sum()))), np.nan, dtype=np.float32)
+    matrix[known] = values.reshape(int(known.sum()), -1)
+    return matrix
+
+
+def colour_distance(
+    layout: npt.NDArray[np.float32], query: Rows, other: Rows, block: int = 65_536
+) -> npt.NDArray[np.float32]:
+    """Root mean square difference of colour layouts, 0 to 1, for pairs of rows; the lesser one of the other picture as
+    it is and mirrored. 0 where a layout is unknown, so that nothing is held against the pair.
+
+    Args:
+        layout: shape (rows, side * side * 3), see `schemas.fields.COLOUR_LAYOUT`.
+    """
+    side = int((layout.shape[1] // 3) ** 0.5)
+    grid = layout.reshape(len(layout), side, side, 3)
+    distance = np.empty(len(query), dtype=np.float32)
+    for start in range(0, len(query), block):
+        ours, theirs = grid[query[start : start + block]], grid[other[start : start + block]]
+        both = [np.square(ours - view).mean(axis=(1, 2, 3)) for view in (theirs, theirs[:, :, ::-1])]
+        distance[start : start + block] = np.sqrt(np.minimum(*both))
+    return np.nan_to_num(distance, nan=0.0)
 
 
 def greedy_duplicates(rank: Rows, junior: Rows, senior: Rows) -> Mask:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pairmill._torchvision import ensure_torchvision
+from pairmill.dedup.semantic import greedy_duplicates
 from pairmill.procedural.captions import CORRUPTIONS, as_typed, corrupt, describe, is_true
 from pairmill.procedural.scene import Scene, render, sample_scene
 from pairmill.procedural.web import Kind, WebRow, decode, make_rows, served_bytes
@@ -150,14 +151,84 @@ def area_under_curve(positive: NDArray[Any], negative: NDArray[Any]) -> float:
 
 @dataclass(frozen=True)
 class _WebScores:
-    """One web's measures: scores of true and of mismatched texts, of junk, and the cosines of its pictures."""
+    """One web's measures: scores of true and of mismatched texts and of junk, and the near pairs of its pictures.
+
+    Args:
+        true, mismatched, junk: cosines of picture and text.
+        copies: cosine of each changed copy with its original, by kind.
+        score: (rows,) cosine of each row's picture and text.
+        source: (rows,) which picture a row shows: equal for copies of one picture.
+        ours: rows that the search for copies judges: texts in the grammar, and no equal bytes, which need no search.
+        first, second, cosine: the pairs of rows whose pictures have a cosine of at least `_NEAR`.
+    """
 
     true: NDArray[np.float32]
     mismatched: NDArray[np.float32]
     junk: NDArray[np.float32]
     copies: dict[Kind, NDArray[np.float32]]
-    different: NDArray[np.float32]
-    pictures: int
+    score: NDArray[np.float32]
+    source: NDArray[np.int64]
+    ours: NDArray[np.bool_]
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    cosine: NDArray[np.float32]
+
+
+_NEAR = 0.9
+"""Below this cosine no threshold for copies is looked for."""
+
+
+@dataclass(frozen=True)
+class _Verdicts:
+    """How many rows were dropped as copies, how many of them rightly, and how many copies there were."""
+
+    right: int
+    dropped: int
+    copies: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the dropped rows that are copies of what they were said to copy."""
+        return self.right / self.dropped if self.dropped else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Share of the copies that were dropped: of m rows that show one picture, m - 1 are copies."""
+        return self.right / self.copies if self.copies else 1.0
+
+
+def copy_verdicts(webs: Sequence[_WebScores], clip_threshold: float, same_threshold: float) -> _Verdicts:
+    """What the recipe does (`pairmill.dedup.semantic.SemanticDuplicates`) to the pairs whose text fits."""
+    right = dropped = copies = 0
+    for web in webs:
+        judged = web.ours & (web.score >= clip_threshold)
+        rank = np.empty(len(judged), dtype=np.int64)
+        rank[np.lexsort((np.arange(len(judged)), -web.score))] = np.arange(len(judged))
+        edge = (web.cosine >= same_threshold) & judged[web.first] & judged[web.second]
+        ends = np.stack([web.first[edge], web.second[edge]])
+        order = np.argsort(rank[ends], axis=0)
+        senior, junior = np.take_along_axis(ends, order, axis=0)
+        gone = greedy_duplicates(rank, junior, senior)
+        stays = gone[junior] & ~gone[senior]
+        centre = np.arange(len(judged))
+        most_similar_last = np.argsort(web.cosine[edge][stays], kind="stable")
+        centre[junior[stays][most_similar_last]] = senior[stays][most_similar_last]
+        right += int((gone & (web.source[centre] == web.source)).sum())
+        dropped += int(gone.sum())
+        copies += int(judged.sum()) - len(np.unique(web.source[judged]))
+    return _Verdicts(right, dropped, copies)
+
+
+def best_same_threshold(webs: Sequence[_WebScores], clip_threshold: float) -> float:
+    """The cosine for which the lesser of precision and recall of `copy_verdicts` is greatest, to 3 decimals.
+
+    In the middle of the longest run of equally good values.
+    """
+    values = np.round(np.arange(_NEAR, 1.0, 0.001), 3)
+    found = [copy_verdicts(webs, clip_threshold, value) for value in values]
+    lesser = np.array([min(verdicts.precision, verdicts.recall) for verdicts in found])
+    best = values[lesser == lesser.max()]
+    return float(best[len(best) // 2])
 
 
 def measure_webs(clip: LoadedClip, *, pairs: int) -> dict[str, Any]:
@@ -166,56 +237,57 @@ def measure_webs(clip: LoadedClip, *, pairs: int) -> dict[str, Any]:
     Returns:
         `mismatch`: the cosine under which a text is judged not to fit, with the precision and recall of catching
         mismatched texts of the test web; `junk_caught`: boilerplate and foreign texts under it.
-        `dedup`: the cosine from which two pictures are judged to show the same, with precision over all pairs of
-        pictures that are not equal byte for byte, and recall over changed copies and their originals.
+        `dedup`: the cosine from which two pictures are judged to show the same, with precision and recall of the
+        verdict (`copy_verdicts`); `recall_by_kind`: copies whose cosine with their original reaches it.
     """
     chosen = [_score_web(clip, seed, pairs) for seed in CALIBRATION_SEEDS]
     test = _score_web(clip, TEST_SEED, pairs)
     true, mismatched = (np.concatenate([getattr(web, name) for web in chosen]) for name in ("true", "mismatched"))
-    clip_threshold = best_threshold(-mismatched, -true)
-    caught, lost = (test.mismatched < -clip_threshold).sum(), (test.true < -clip_threshold).sum()
-    copies = np.concatenate([scores for web in chosen for scores in web.copies.values()])
-    different = np.concatenate([web.different for web in chosen])
-    same_threshold = best_threshold(copies, different)
-    caught_before = (mismatched < -clip_threshold).sum()
-    found_before = (copies >= same_threshold).sum()
-    found = np.concatenate(list(test.copies.values())) >= same_threshold
-    wrong = int((test.different >= same_threshold).sum())
+    clip_threshold = round(-best_threshold(-mismatched, -true), 3)
+    caught, lost = (test.mismatched < clip_threshold).sum(), (test.true < clip_threshold).sum()
+    caught_before = (mismatched < clip_threshold).sum()
+    same_threshold = best_same_threshold(chosen, clip_threshold)
+    found, before = (copy_verdicts(webs, clip_threshold, same_threshold) for webs in ([test], chosen))
     quantiles = (0.5, 0.95, 0.99)
     return {
         "mismatch": {
-            "threshold": round(-clip_threshold, 3),
+            "threshold": clip_threshold,
             "precision": _share(int(caught), int(caught + lost)),
             "recall": _share(int(caught), len(test.mismatched)),
             "mismatched": len(test.mismatched),
             "true": len(test.true),
-            "junk_caught": _share(int((test.junk < -clip_threshold).sum()), len(test.junk)),
+            "junk_caught": _share(int((test.junk < clip_threshold).sum()), len(test.junk)),
             "true_cosine_quantiles": _quantiles(test.true, [1 - q for q in quantiles]),
             "mismatched_cosine_quantiles": _quantiles(test.mismatched, quantiles),
             "calibration_seeds": list(CALIBRATION_SEEDS),
-            "calibration_precision": _share(int(caught_before), int(caught_before + (true < -clip_threshold).sum())),
+            "calibration_precision": _share(int(caught_before), int(caught_before + (true < clip_threshold).sum())),
             "calibration_recall": _share(int(caught_before), len(mismatched)),
             "test_seed": TEST_SEED,
         },
         "dedup": {
-            "threshold": round(same_threshold, 3),
-            "precision": _share(int(found.sum()), int(found.sum()) + wrong),
-            "recall": _share(int(found.sum()), len(found)),
+            "threshold": same_threshold,
+            "precision": round(found.precision, 4),
+            "recall": round(found.recall, 4),
             "recall_by_kind": {
                 kind.value: _share(int((scores >= same_threshold).sum()), len(scores))
                 for kind, scores in test.copies.items()
                 if len(scores)
             },
-            "copies": len(found),
-            "pictures": test.pictures,
+            "copies": found.copies,
+            "pictures": int((test.ours & (test.score >= clip_threshold)).sum()),
             "copy_cosine_quantiles": _quantiles(np.concatenate(list(test.copies.values())), [1 - q for q in quantiles]),
-            "highest_different_cosines": [round(float(value), 4) for value in np.sort(test.different)[::-1][:5]],
+            "highest_different_cosines": [round(float(value), 4) for value in _different(test)[:5]],
             "calibration_seeds": list(CALIBRATION_SEEDS),
-            "calibration_precision": _share(int(found_before), int(found_before + (different >= same_threshold).sum())),
-            "calibration_recall": _share(int(found_before), len(copies)),
+            "calibration_precision": round(before.precision, 4),
+            "calibration_recall": round(before.recall, 4),
             "test_seed": TEST_SEED,
         },
     }
+
+
+def _different(web: _WebScores) -> NDArray[np.float32]:
+    """The cosines of pictures that show different scenes, highest first."""
+    return np.sort(web.cosine[web.source[web.first] != web.source[web.second]])[::-1]
 
 
 def _score_web(clip: LoadedClip, seed: int, pairs: int) -> _WebScores:
@@ -228,20 +300,22 @@ def _score_web(clip: LoadedClip, seed: int, pairs: int) -> _WebScores:
     places = {row.url: place for place, row in enumerate(rows)}
     source = np.array([places[row.duplicate_of_url or row.url] for row in rows])
     cosines = images @ images.T
-    upper = np.triu_indices(len(rows), 1)
-    different = cosines[upper][source[upper[0]] != source[upper[1]]]
+    first, second = np.nonzero(np.triu(cosines >= _NEAR, 1))
     copies = {}
     for kind in _CHANGED_COPIES:
         members = np.flatnonzero(kinds == kind.value)
         copies[kind] = cosines[members, source[members]]
-    highest = np.sort(different)[-max(1000, len(rows)) :]
     return _WebScores(
         true=scores[in_grammar & truth],
         mismatched=scores[kinds == Kind.MISMATCHED.value],
         junk=scores[np.isin(kinds, [Kind.BOILERPLATE.value, Kind.FOREIGN.value])],
         copies=copies,
-        different=highest,
-        pictures=len(rows),
+        score=scores,
+        source=source,
+        ours=in_grammar & ~np.isin(kinds, [Kind.COPY_EXACT.value, Kind.COPY_RECAPTIONED.value]),
+        first=first,
+        second=second,
+        cosine=cosines[first, second],
     )
 
 

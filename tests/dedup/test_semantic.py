@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairmill.dedup import cells, steps
-from pairmill.dedup.semantic import SENIORS, SemanticDuplicates, SemanticNeighbours, greedy_duplicates
+from pairmill.dedup.semantic import SENIORS, SemanticDuplicates, SemanticNeighbours, colour_distance, greedy_duplicates
 from pairmill.errors import ConfigError, ContractError
 from schemas.config import Dedup
 from tests.dedup.synthetic import clusters, greedy, kept, live, measured, uid, verdicts
@@ -253,3 +253,29 @@ def test_kinds_can_be_switched_off():
     assert [s.name for s in steps(Dedup(semantic=None))] == ["exact"]
     with pytest.raises(ConfigError, match="lower dedup"):
         steps(Dedup(semantic=0.7))
+
+
+def test_pairs_of_other_colours_are_no_duplicates_when_asked_but_mirrored_ones_are():
+    table = measured(STAGE, live(clusters([5], noise=0.001), score=[0.5, 0.4, 0.3, 0.2, 0.1]))
+    rng = np.random.default_rng(0)
+    picture = rng.random((4, 4, 3), dtype=np.float32)
+    near = np.clip(picture + 0.02, 0, 1)
+    layouts = {uid(0): picture, uid(1): near, uid(2): picture[:, ::-1], uid(3): 1 - picture}
+    drawn = [layouts.get(u) for u in table["uid"].to_pylist()]
+    column = pa.array([None if p is None else p.ravel() for p in drawn], pa.list_(pa.float32()))
+    table = table.append_column("colour_layout", column)
+    order = [uid(n) for n in range(5)]
+    alone = verdicts(table, SemanticDuplicates(0.9).judge(table))
+    assert [alone[u][0] is None for u in order] == [True, False, False, False, False]
+    together = verdicts(table, SemanticDuplicates(0.9, max_colour_distance=0.05).judge(table))
+    assert [together[u][0] is None for u in order] == [True, False, False, True, False]
+
+
+def test_colour_distance_is_the_root_mean_square_of_the_nearer_view():
+    layout = np.zeros((3, 48), dtype=np.float32)
+    layout[1] = 0.5
+    layout[2].reshape(4, 4, 3)[:, 0] = 1.0  # white on the left
+    mirrored = layout[2].reshape(4, 4, 3)[:, ::-1].ravel()
+    layout = np.vstack([layout, mirrored, np.full(48, np.nan, np.float32)])
+    found = colour_distance(layout, np.array([0, 2, 0, 0]), np.array([1, 3, 2, 4]))
+    assert np.allclose(found, [0.5, 0.0, 0.5, 0.0])

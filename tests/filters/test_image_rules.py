@@ -22,6 +22,10 @@ def test_contrast_is_the_deviation_of_grey_levels_and_blank_images_fall() -> Non
     assert contrast[1] == 0
     assert contrast[2] > 30
     assert contrast[3] is None
+    layout = table["colour_layout"].to_pylist()
+    assert layout[0] == [0.0] * 6 + [1.0] * 6 + ([0.0] * 6 + [1.0] * 6) * 3, "black on the left, white on the right"
+    assert np.allclose(layout[1], 200 / 255) and len(layout[1]) == 48
+    assert layout[3] is None
     assert table["reason"].to_pylist() == [None, None, None, Reason.IMAGE_MISSING]
     (verdict,) = blank_verdicts(Keep())
     assert verdict.judge(table.slice(0, 3)).reason.to_pylist() == [None, Reason.IMAGE_BLANK, None]
