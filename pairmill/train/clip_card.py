@@ -39,9 +39,9 @@ Chosen on webs (seeds {calibration_seeds}), measured on another (seed {test_seed
 {mismatched} mismatched texts; {copies} copies (resized, recompressed, cropped or mirrored) among the {pictures:,}
 pictures whose text fits, judged as the recipe judges them by cosine alone. Under the first threshold also fall
 {junk:.1%} of boilerplate and foreign texts. Recall of copies by kind: {by_kind}. Webs differ: over those
-that the thresholds were chosen on, all together, mismatched texts were caught with precision {clip_precision_before} and
-recall {clip_recall_before}, copies with {same_precision_before} and {same_recall_before}. The demo also asks that copies
-have like colours (`dedup.max_colour_distance`), since this model looks at objects more than at backgrounds.
+that the thresholds were chosen on, all together, mismatched texts were caught with precision {clip_precision_before}
+and recall {clip_recall_before}, copies with {same_precision_before} and {same_recall_before}. The demo also asks that
+copies have like colours (`dedup.max_colour_distance`), since this model looks at objects more than at backgrounds.
 
 ## Quality on held-out scenes
 
