@@ -7,9 +7,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from pydantic import BaseModel
 
+from pairmill.plan import compile_plan
+from pairmill.run import load_config, load_recipe
 from schemas.config import RunConfig
 
 TEXT = Path("docs/config.md").read_text(encoding="utf-8")
@@ -48,3 +51,9 @@ def test_every_key_is_documented():
         kind = source.model_fields["kind"].default
         walk(source, next(s for s in data["source"] if s["kind"] == kind), f"source.{kind}.")
     assert missing == []
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_config_whose_recipe_compiles(path: Path):
+    config = load_config(str(path))
+    assert compile_plan(load_recipe(config)).steps
