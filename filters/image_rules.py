@@ -38,7 +38,7 @@ class ImageStats(Stage):
     """Contrast of the stored image (standard deviation of its grey levels, 0 to 255) and the layout of its colours. A
     row without image is dropped."""
 
-    name = "image"
+    name = "image_stats"
     version = 2
     resources: Resources = field(default=Resources(), metadata={"identity": False})
     reads = (fields.IMAGE.name,)

@@ -86,7 +86,7 @@ class TextStats(Stage):
     `words` and `chars` are those of the text after `normalise`; `language` is null for a text without letters.
     """
 
-    name = "text"
+    name = "text_stats"
     resources: Resources = field(default=Resources(), metadata={"identity": False})
     reads = (fields.TEXT.name,)
     writes = (

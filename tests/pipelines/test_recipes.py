@@ -44,7 +44,12 @@ def test_clip_filter_measures_text_first_and_dedups_last(clip_folder: str) -> No
     recipe = load_recipe(config("clip_filter", models={"clip": {"path": clip_folder}}))
     plan = compile_plan(recipe)
     order = names(recipe)
-    for before, after in (("text", "images"), ("language", "images"), ("min_side", "image"), ("min_contrast", "clip")):
+    for before, after in (
+        ("text_stats", "images"),
+        ("language", "images"),
+        ("min_side", "image_stats"),
+        ("min_contrast", "clip"),
+    ):
         assert order.index(before) < order.index(after)
     assert order.index("keep_clip_score") < order.index("exact") < order.index("semantic")
     assert {"clip_score", "image", "words", "neighbours"} <= set(plan.columns)
