@@ -1,6 +1,16 @@
 """What all tests share: hypothesis draws the same examples each time, and a loaded machine is no failure."""
 
+import signal
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_children() -> None:
+    """A job that a shell started in the background ignores Ctrl-C, and its children inherit that; some tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
