@@ -11,6 +11,6 @@ settings.load_profile("steady")
 
 @pytest.fixture(scope="session", autouse=True)
 def _ctrl_c_reaches_children() -> None:
-    """A job that a shell started in the background ignores Ctrl-C, and its children inherit that; some tests send it."""
+    """A job that a shell started in the background ignores Ctrl-C, and so do its children; some tests send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
