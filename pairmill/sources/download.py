@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -30,13 +31,12 @@ FREE = {"identity": False}
 """Of a parameter that changes how images are fetched, not what comes of them."""
 
 
-@dataclass(frozen=True)
-class Download(Stage):
-    """Fetches, decodes, resizes and encodes the images of a batch; rows with a locator are read from local files.
+Self = TypeVar("Self", bound="ImageDownload")
 
-    One call takes a whole shard, so that a slow host delays its own URLs only. A URL that occurs several times in a
-    batch is fetched once. ``robots`` covers opt-out headers (``X-Robots-Tag``, ``tdm-reservation``).
-    """
+
+@dataclass(frozen=True)
+class ImageDownload(Stage):
+    """What all downloaders share: they write the same table, and take their knobs from the config's `download`."""
 
     name = "images"
     version = 1
@@ -45,31 +45,18 @@ class Download(Stage):
     max_pixels: int = 80_000_000
     max_bytes: int = 32_000_000
     concurrency: int = field(default=256, metadata=FREE)
-    per_host: int = field(default=8, metadata=FREE)
     timeout_s: float = field(default=10.0, metadata=FREE)
     retries: int = field(default=2, metadata=FREE)
-    max_redirects: int = field(default=5, metadata=FREE)
     robots: bool = field(default=True, metadata=FREE)
     allow_private_addresses: bool = field(default=False, metadata=FREE)
     user_agent: str = field(default="pairmill/0.1", metadata=FREE)
-    resources: Resources = field(default=Resources(cpus=0.5, rows=1000), metadata=FREE)
+    resources: Resources = field(default=Resources(cpus=1.0, rows=1000), metadata=FREE)
 
     @classmethod
-    def from_config(cls, download: config.Download) -> Download:
-        """The stage that a config asks for."""
-        return cls(
-            resize=download.resize,
-            max_pixels=download.max_pixels,
-            max_bytes=download.max_bytes,
-            concurrency=download.concurrency,
-            per_host=download.per_host,
-            timeout_s=download.timeout_s,
-            retries=download.retries,
-            max_redirects=download.max_redirects,
-            robots=download.robots,
-            allow_private_addresses=download.allow_private_addresses,
-            user_agent=download.user_agent,
-        )
+    def from_config(cls: type[Self], download: config.Download) -> Self:
+        """The stage that a config asks for: each field that the config has too."""
+        known = type(download).model_fields
+        return cls(**{f.name: getattr(download, f.name) for f in dataclass_fields(cls) if f.name in known})
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -80,6 +67,19 @@ class Download(Stage):
     def writes(self) -> tuple[pa.Field, ...]:
         """`schemas.fields.IMAGES`."""
         return fields.IMAGES
+
+
+@dataclass(frozen=True)
+class Download(ImageDownload):
+    """Fetches, decodes, resizes and encodes the images of a batch; rows with a locator are read from local files.
+
+    One call takes a whole shard, so that a slow host delays its own URLs only. A URL that occurs several times in a
+    batch is fetched once. ``robots`` covers opt-out headers (``X-Robots-Tag``, ``tdm-reservation``).
+    """
+
+    per_host: int = field(default=8, metadata=FREE)
+    max_redirects: int = field(default=5, metadata=FREE)
+    resources: Resources = field(default=Resources(cpus=0.5, rows=1000), metadata=FREE)
 
     def open(self) -> Kernel:
         """One TLS context a worker (making one costs more than fetching an image); sessions live as long as a call."""

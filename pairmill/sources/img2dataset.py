@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ import pyarrow as pa
 from pairmill.errors import ConfigError
 from pairmill.sources import addresses
 from pairmill.sources.addresses import AddressRefused
-from pairmill.sources.download import FREE, Outcome, decoders, load_local, rows_by_url, store, to_table
+from pairmill.sources.download import ImageDownload, Outcome, decoders, load_local, rows_by_url, store, to_table
 from pairmill.sources.fetch import Fetched, not_an_image
-from pairmill.stage import Batch, Kernel, Resources, Stage
-from schemas import config, fields
+from pairmill.stage import Batch, Kernel
 from schemas.reasons import Reason
 
 _RUN = "import json, sys; from img2dataset import download; download(**json.load(sys.stdin))"
@@ -44,50 +43,11 @@ _PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy")
 
 
 @dataclass(frozen=True)
-class Img2DatasetDownload(Stage):
+class Img2DatasetDownload(ImageDownload):
     """Fetches the images of a batch with img2dataset; rows with a locator are read from local files.
 
     Starting img2dataset costs about 10 CPU seconds a batch: it imports torch and Ray.
     """
-
-    name = "images"
-    version = 1
-
-    resize: config.Resize = field(default_factory=config.Resize)
-    max_pixels: int = 80_000_000
-    max_bytes: int = 32_000_000
-    concurrency: int = field(default=256, metadata=FREE)
-    timeout_s: float = field(default=10.0, metadata=FREE)
-    retries: int = field(default=2, metadata=FREE)
-    robots: bool = field(default=True, metadata=FREE)
-    allow_private_addresses: bool = field(default=False, metadata=FREE)
-    user_agent: str = field(default="pairmill/0.1", metadata=FREE)
-    resources: Resources = field(default=Resources(cpus=1.0, rows=1000), metadata=FREE)
-
-    @classmethod
-    def from_config(cls, download: config.Download) -> Img2DatasetDownload:
-        """The stage that a config asks for."""
-        return cls(
-            resize=download.resize,
-            max_pixels=download.max_pixels,
-            max_bytes=download.max_bytes,
-            concurrency=download.concurrency,
-            timeout_s=download.timeout_s,
-            retries=download.retries,
-            robots=download.robots,
-            allow_private_addresses=download.allow_private_addresses,
-            user_agent=download.user_agent,
-        )
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """The URL, or where a local source has the bytes."""
-        return fields.URL.name, fields.LOCATOR.name
-
-    @property
-    def writes(self) -> tuple[pa.Field, ...]:
-        """`schemas.fields.IMAGES`."""
-        return fields.IMAGES
 
     def open(self) -> Kernel:
         """Raises `ConfigError` when img2dataset is not installed."""
