@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairmill.errors import ConfigError
+from pairmill.weights import tiny_clip_dir
 from schemas.config import ModelChoice
 
 if TYPE_CHECKING:
@@ -62,12 +63,10 @@ class ModelRef:
     path: str | None = field(default=None, metadata={"identity": False})
 
     @classmethod
-    def of(cls, choice: ModelChoice) -> ModelRef:
-        """The model a config names; the word ``tiny`` alone means the CLIP that the package ships."""
+    def of(cls, choice: ModelChoice, tiny: Callable[[], Path] = tiny_clip_dir) -> ModelRef:
+        """The model a config names; the word ``tiny`` alone means a model that the package ships, in folder `tiny`."""
         if choice.name == TINY and choice.pretrained is None:
-            from pairmill.weights import tiny_clip_dir
-
-            return cls(path=str(tiny_clip_dir()))
+            return cls(path=str(tiny()))
         return cls(choice.name, choice.pretrained, choice.revision, choice.path)
 
     def identity(self) -> dict[str, Any]:

@@ -140,10 +140,33 @@ class ModelChoice(Section):
         return self
 
 
+class CaptionerChoice(ModelChoice):
+    """A captioner: a transformers checkpoint by name and revision or by folder, the word ``tiny``, or, with
+    ``base_url``, the name of a model behind an OpenAI-compatible endpoint."""
+
+    base_url: str | None = Field(None, description="OpenAI-compatible endpoint, up to and with /v1")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the endpoint's key")
+
+
+class HeadChoice(Section):
+    """A linear or MLP head over stored CLIP embeddings (aesthetic, NSFW, watermark ...), in safetensors."""
+
+    path: str = Field(description="safetensors file, or a folder with one")
+    activation: Literal["none", "sigmoid", "softmax"] | None = Field(
+        None, description="applied to its output; null: as the file's metadata says, else none"
+    )
+    output: int = Field(0, ge=0, description="which output is the score, of a head with several")
+
+
 class Models(Section):
     """Which models the stages use."""
 
     clip: ModelChoice = ModelChoice(name="tiny")
+    captioner: CaptionerChoice = CaptionerChoice(name="tiny")
+    itm: ModelChoice = ModelChoice(name="tiny")
+    heads: dict[str, HeadChoice] = Field(
+        default_factory=dict, description="score column by name: a head over the CLIP embedding of the image"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model's arithmetic")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch: int = Field(
@@ -151,13 +174,58 @@ class Models(Section):
     )
 
 
-# -- keep -------------------------------------------------------------------------------------------------------------
+# -- conditions -------------------------------------------------------------------------------------------------------
 
 Condition = Annotated[
     str,
     Field(pattern=r"^\s*((>=|<=|>|<)\s*-?[0-9.]+|(top|bottom)\s+[0-9.]+\s*%)\s*$"),
 ]
 """``>= 0.28``, ``< 3``, or, over all live rows, ``top 30%``."""
+
+
+# -- captions ---------------------------------------------------------------------------------------------------------
+
+
+class Endpoint(Section):
+    """How an OpenAI-compatible endpoint is called."""
+
+    concurrency: int = Field(8, gt=0, description="open requests a worker")
+    timeout_s: float = Field(60, gt=0, description="total deadline of one request")
+    retries: int = Field(4, ge=0, description="further attempts within one run, with growing pauses")
+    max_retry_wait_s: float = Field(30, ge=0, description="longest pause; a Retry-After above it defers the pair")
+    image_side: int = Field(768, gt=0, description="longer side of the image that is sent, pixels")
+    max_tokens: int = Field(300, gt=0, description="of an answer")
+
+
+class Caption(Section):
+    """How captions are written. Lengths are in tokens, those of the prompt included, as in BLIP."""
+
+    count: int = Field(1, gt=0, description="captions an image")
+    method: Literal["nucleus", "beam", "greedy"] = "nucleus"
+    top_p: float = Field(0.9, gt=0, le=1, description="nucleus: probability mass that is sampled from")
+    temperature: float = Field(1.0, gt=0, description="nucleus: divides the logits")
+    beams: int = Field(3, gt=0, description="beam: width; at least count")
+    repetition_penalty: float = Field(1.1, gt=0)
+    max_length: int = Field(20, gt=0)
+    min_length: int = Field(5, ge=0)
+    prompt: str | None = Field(
+        "a picture of ", description="what a caption goes on from; BLIP's is stripped from it. null: none"
+    )
+    endpoint: Endpoint = Endpoint()
+
+
+class Mix(Section):
+    """Which of a pair's texts are kept: see `captioners.mixing`. Changing it runs no model."""
+
+    recipe: Literal["capfilt", "blip2", "nguyen23", "laion_coco", "recap", "web_only", "synthetic_only"] = "capfilt"
+    itm: Condition | None = Field(">= 0.5", description="a text stays when its ITM probability is so; null: not asked")
+    clip: Condition | None = Field(
+        None, description="the same of its CLIP score; nguyen23 needs one, and takes top 30% where this is null"
+    )
+    top: int | None = Field(None, gt=0, description="texts kept at most; null: as the recipe was published")
+
+
+# -- keep -------------------------------------------------------------------------------------------------------------
 
 
 class Keep(BaseModel):
@@ -236,6 +304,8 @@ class RunConfig(Section):
     shard_size: int = Field(1000, gt=0, description="pairs a shard; fixed by the first refresh of a dataset")
     download: Download = Download()
     models: Models = Models()
+    caption: Caption = Caption()
+    mix: Mix = Mix()
     keep: Keep = Keep()
     dedup: Dedup = Dedup()
     engine: Engine = Engine()

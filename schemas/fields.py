@@ -17,8 +17,8 @@ URL = pa.field("url", pa.string())
 TEXT = pa.field("text", pa.string())
 """The alt text: the first of `TEXTS`."""
 TEXTS = pa.field("texts", pa.list_(pa.struct([pa.field("text", pa.string()), pa.field("source", pa.string())])))
-"""All texts that came with the pair, the web text first. ``source`` is web or human; synthetic texts are other
-columns."""
+"""All texts that came with the pair, the web text first. ``source`` is web or human; synthetic texts are in
+`CAPTIONS`."""
 BOX = pa.struct(
     [
         pa.field("label", pa.string()),
@@ -117,6 +117,31 @@ CLIP_SCORES = pa.field("clip_scores", pa.list_(pa.float32()))
 CLIP_SCORE = pa.field("clip_score", pa.float32())
 """Cosine of the image with `TEXT`: the first of `CLIP_SCORES`."""
 
+# -- synthetic texts --------------------------------------------------------------------------------------------------
+CAPTIONS = pa.field(
+    "captions",
+    pa.list_(
+        pa.struct(
+            [
+                pa.field("text", pa.string()),
+                pa.field("source", pa.string()),
+                pa.field("reason", pa.string()),
+                pa.field("detail", pa.string()),
+            ]
+        )
+    ),
+)
+"""Texts that a captioner wrote, in the order it wrote them. ``source`` is blip, blip2, instructblip or vlm. A try that
+gave no usable text has a null text and a reason of `schemas.reasons.Reason`."""
+CAPTION_CLIP_SCORES = pa.field("caption_clip_scores", pa.list_(pa.float32()))
+"""Cosine of the image with each of `CAPTIONS`; null for a null text."""
+ITM_SCORES = pa.field("itm_scores", pa.list_(pa.float32()))
+"""Probability, 0 to 1, that the image matches each of `TEXTS`."""
+ITM_SCORE = pa.field("itm_score", pa.float32())
+"""Probability that the image matches `TEXT`: the first of `ITM_SCORES`."""
+CAPTION_ITM_SCORES = pa.field("caption_itm_scores", pa.list_(pa.float32()))
+"""Probability that the image matches each of `CAPTIONS`; null for a null text."""
+
 # -- dedup ------------------------------------------------------------------------------------------------------------
 NEIGHBOURS = pa.field(
     "neighbours", pa.list_(pa.struct([pa.field("uid", pa.string()), pa.field("similarity", pa.float32())]))
@@ -129,5 +154,12 @@ DUPLICATE_OF = pa.field("duplicate_of", pa.string())
 """uid of the kept, more senior pair that this one duplicates."""
 CLUSTER = pa.field("cluster", pa.string())
 """uid of the pair at the centre of this pair's group of duplicates; null for a pair without duplicates."""
+TEXT_RANKS = pa.field("text_ranks", pa.list_(pa.int32()))
+"""Of each text of a pair (`TEXTS`, then `CAPTIONS`): its place among the kept texts, 0 first; null for one that is not
+kept. Null as a whole where no mixing recipe chose among texts: then the first text is the pair's caption."""
+TEXT_REASONS = pa.field("text_reasons", pa.list_(pa.string()))
+"""Of each text of a pair (`TEXTS`, then `CAPTIONS`): why it is not kept; null for a kept one."""
+TEXT_DETAILS = pa.field("text_details", pa.list_(pa.string()))
+"""Free text beside each of `TEXT_REASONS`."""
 
-LEDGER = pa.schema([UID, STATUS, REASON, DETAIL, DUPLICATE_OF, CLUSTER])
+LEDGER = pa.schema([UID, STATUS, REASON, DETAIL, DUPLICATE_OF, CLUSTER, TEXT_RANKS, TEXT_REASONS, TEXT_DETAILS])

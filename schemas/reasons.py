@@ -57,9 +57,25 @@ class Reason(str, Enum):  # enum.StrEnum needs Python 3.11
     TEXT_LANGUAGE = "text.language"
     TEXT_NO_CONCEPT = "text.no_concept"
 
+    # one of several texts of a pair, and a pair none of whose texts is kept
+    TEXT_NOT_CHOSEN = "text.not_chosen"
+    TEXT_REPEATED = "text.repeated"
+    TEXT_NONE_KEPT = "text.none_kept"
+
+    # the captioner: no answer (the pair is deferred), or none that can be used (that caption is left out)
+    CAPTION_RATE_LIMITED = "caption.rate_limited"
+    CAPTION_SERVER_ERROR = "caption.server_error"
+    CAPTION_TIMEOUT = "caption.timeout"
+    CAPTION_CONNECTION = "caption.connection"
+    CAPTION_REFUSED = "caption.refused"
+    CAPTION_MALFORMED = "caption.malformed"
+    CAPTION_CUT_OFF = "caption.cut_off"
+    CAPTION_EMPTY = "caption.empty"
+
     # scores
     CLIP_BELOW_THRESHOLD = "clip.below_threshold"
     CLIP_BELOW_QUANTILE = "clip.below_quantile"
+    ITM_BELOW_THRESHOLD = "itm.below_threshold"
     CONCEPT_NOT_NEAR = "concept.not_near"
     SCORE_BELOW_THRESHOLD = "score.below_threshold"
 
@@ -83,6 +99,10 @@ DEFERRED = frozenset(
         Reason.HTTP_TIMEOUT,
         Reason.HTTP_CONNECTION,
         Reason.HTTP_DNS,
+        Reason.CAPTION_RATE_LIMITED,
+        Reason.CAPTION_SERVER_ERROR,
+        Reason.CAPTION_TIMEOUT,
+        Reason.CAPTION_CONNECTION,
     }
 )
 """Reasons that may pass with time: such a pair has status ``deferred`` and a later refresh may try it again."""

@@ -12,3 +12,13 @@ def tiny_clip_dir() -> Path:
     after `pairmill._torchvision.ensure_torchvision()`.
     """
     return Path(__file__).resolve().parent / "clip-tiny"
+
+
+def tiny_captioner_dir() -> Path:
+    """The folder of the shipped BLIP captioner, a `BlipForConditionalGeneration` in transformers' format."""
+    return Path(__file__).resolve().parent / "captioner-tiny"
+
+
+def tiny_itm_dir() -> Path:
+    """The folder of the shipped BLIP filter, a `BlipForImageTextRetrieval` in transformers' format."""
+    return Path(__file__).resolve().parent / "itm-tiny"
