@@ -42,10 +42,10 @@ class Share:
 
 
 def parse_condition(condition: str, key: str) -> Comparison | Share:
-    """A condition of the config's `keep`.
+    """A condition of the config's `keep` or `mix`.
 
     Raises:
-        ConfigError: it is none; the message names `key`.
+        ConfigError: it is none; the message names `key`, such as ``keep.clip_score``.
     """
     if match := re.fullmatch(r"\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+))\s*", condition):
         return Comparison(match[1], float(match[2]))  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def parse_condition(condition: str, key: str) -> Comparison | Share:
     if match and 0 < Fraction(match[2]) <= 100:
         return Share(match[1], match[2])  # type: ignore[arg-type]
     raise ConfigError(
-        f"keep.{key}: {condition!r} is no condition; write it like '>= 0.28', '< 3' or 'top 30%' (above 0, at most 100)"
+        f"{key}: {condition!r} is no condition; write it like '>= 0.28', '< 3' or 'top 30%' (above 0, at most 100)"
     )
 
 
@@ -324,7 +324,7 @@ def score_verdicts(keep: Keep) -> tuple[Step, ...]:
 
 
 def _verdict(column: str, condition: str, below: Reason, outside: Reason) -> Step:
-    parsed = parse_condition(condition, column)
+    parsed = parse_condition(condition, f"keep.{column}")
     if isinstance(parsed, Comparison):
         return Threshold(f"keep_{column}", column, parsed.operator, parsed.value, below)
     return Quantile(f"keep_{column}", column, parsed.side, parsed.percent, outside)

@@ -32,6 +32,7 @@ from pairmill.stage import (
     Kernel,
     PixelCache,
     Stage,
+    TextOutcomes,
     Verdict,
     apply,
     output_schema,
@@ -138,6 +139,33 @@ class Frame:
         return pa.table({name: self.column(name, rows) for name in wanted})
 
 
+class TextLedger:
+    """What verdicts said of the texts of a frame's pairs: Arrow chunks, and where each row is among them."""
+
+    def __init__(self, rows: int) -> None:
+        self._position = np.full(rows, -1, np.int64)
+        self._chunks: list[TextOutcomes] = []
+        self._rows = 0
+
+    def add(self, rows: np.ndarray, outcomes: TextOutcomes) -> None:
+        """What was said of these rows of the frame; it replaces what was said before."""
+        self._position[rows] = self._rows + np.arange(len(rows))
+        self._rows += len(rows)
+        self._chunks.append(outcomes)
+
+    def columns(self) -> dict[str, pa.ChunkedArray]:
+        """The ledger's columns of texts, null for rows of which nothing was said."""
+        index = pa.array(self._position, mask=self._position < 0)
+        return {
+            f.name: pa.chunked_array([getattr(c, part) for c in self._chunks], f.type).take(index)
+            for f, part in (
+                (fields.TEXT_RANKS, "ranks"),
+                (fields.TEXT_REASONS, "reasons"),
+                (fields.TEXT_DETAILS, "details"),
+            )
+        }
+
+
 @dataclass
 class State:
     """What is known of each row of a frame after some steps: arrays of its length."""
@@ -152,8 +180,10 @@ class State:
     duplicate_of: np.ndarray
     todo: dict[int, np.ndarray] = field(default_factory=dict)
     """Rows that the stage with this index in the plan has to compute."""
+    texts: TextLedger = field(default_factory=lambda: TextLedger(0))
+    """What became of the texts of each pair."""
     funnel: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a step: step, kind, entered, reasons, left."""
+    """One entry a step: step, kind, entered, reasons, left; and texts where the step chose among texts."""
 
     @classmethod
     def start(cls, frame: Frame) -> State:
@@ -162,7 +192,7 @@ class State:
         reason = np.array(frame.pairs_column("reason").to_pylist(), dtype=object)
         detail = np.array(frame.pairs_column("detail").to_pylist(), dtype=object)
         live = np.array([r is None for r in reason], dtype=bool)
-        state = cls(live, np.zeros(n, bool), reason, detail, np.full(n, None, dtype=object))
+        state = cls(live, np.zeros(n, bool), reason, detail, np.full(n, None, dtype=object), texts=TextLedger(n))
         counts = Counter(r for r in reason if r is not None)
         state._record("source", "source", n, counts)
         return state
@@ -175,6 +205,9 @@ class State:
         """Take the rows out that have a reason."""
         counts = _drop(self, rows, verdict)
         self._record(planned.name, planned.kind, entered, counts)
+        if verdict.texts is not None:
+            self.texts.add(rows, verdict.texts)
+            self.funnel[-1]["texts"] = {k: dict(sorted(v.items())) for k, v in sorted(verdict.texts.counts.items())}
 
     def _record(self, name: str, kind: str, entered: int, counts: Mapping[str, int]) -> None:
         left = entered - sum(counts.values())
@@ -223,15 +256,20 @@ def judge(planned: PlannedStep, frame: Frame, rows: np.ndarray) -> Judgement:
         raise ContractError(f"{planned.name!r} is no verdict")
     if len(answer.reason) != len(rows):
         raise ContractError(f"verdict {planned.name!r} judged {len(answer.reason)} rows of {len(rows)}")
-    columns = {
-        name: None if column is None else _flat(column) if back is None else _flat(column).take(back)
-        for name, column in (
-            ("reason", answer.reason),
-            ("detail", answer.detail),
-            ("duplicate_of", answer.duplicate_of),
-        )
-    }
-    return Judgement(**columns)
+
+    def in_order(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+        return _flat(column) if back is None else _flat(column).take(back)
+
+    texts = answer.texts
+    if texts is not None:
+        ranks, reasons, details = (in_order(column) for column in (texts.ranks, texts.reasons, texts.details))
+        texts = TextOutcomes(ranks, reasons, details, texts.counts)
+    return Judgement(
+        in_order(answer.reason),
+        None if answer.detail is None else in_order(answer.detail),
+        None if answer.duplicate_of is None else in_order(answer.duplicate_of),
+        texts,
+    )
 
 
 def sorted_by_uid(frame: Frame, rows: np.ndarray) -> np.ndarray:

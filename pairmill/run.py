@@ -383,7 +383,7 @@ class _Refresh:
                 "detail": state.detail.tolist(),
                 "duplicate_of": groups.duplicate_of,
                 "cluster": groups.cluster,
-                **{f.name: pa.nulls(len(frame), f.type) for f in fields.LEDGER if f.name.startswith("text_")},
+                **state.texts.columns(),
             },
             schema=fields.LEDGER,
         )

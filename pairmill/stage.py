@@ -13,7 +13,7 @@ import io
 import json
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -165,6 +165,25 @@ class GlobalStage(Step, ABC):
 
 
 @dataclass(frozen=True)
+class TextOutcomes:
+    """What became of the texts of some pairs: for each pair, lists over its texts, those that came with it first, then
+    those that a captioner wrote. Of each text, either rank or reason is null."""
+
+    ranks: pa.Array
+    """As `schemas.fields.TEXT_RANKS`."""
+    reasons: pa.Array
+    """As `schemas.fields.TEXT_REASONS`."""
+    details: pa.Array
+    """As `schemas.fields.TEXT_DETAILS`."""
+    counts: Mapping[str, Mapping[str, int]]
+    """How many texts of each source were kept (``kept``) or not (by reason)."""
+
+
+KEPT = "kept"
+"""The key of kept texts in `TextOutcomes.counts`; the other keys are reasons."""
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What a verdict says of some rows: a reason for each row, or null for a row that stays."""
 
@@ -172,6 +191,8 @@ class Judgement:
     detail: pa.Array | None = None
     duplicate_of: pa.Array | None = None
     """uid of the pair that a dropped pair duplicates; groups follow from it (`pairmill.dedup.groups`)."""
+    texts: TextOutcomes | None = None
+    """Of a verdict that chooses among the texts of a pair. The last such verdict of a recipe decides."""
 
 
 class Verdict(Step, ABC):

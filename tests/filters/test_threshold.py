@@ -54,13 +54,13 @@ def kept(judgement_reasons: pa.Array) -> set[int]:
     ],
 )
 def test_conditions_are_parsed(condition: str, parsed: Comparison | Share) -> None:
-    assert parse_condition(condition, "clip_score") == parsed
+    assert parse_condition(condition, "keep.clip_score") == parsed
 
 
 @pytest.mark.parametrize("condition", ["0.28", "= 3", ">= 1.2.3", "top 0%", "top 101%", "middle 3%", ">= x", ">= ."])
 def test_what_is_no_condition_is_refused_by_its_key(condition: str) -> None:
-    with pytest.raises(ConfigError, match=r"keep\.itm"):
-        parse_condition(condition, "itm")
+    with pytest.raises(ConfigError, match=r"mix\.itm"):
+        parse_condition(condition, "mix.itm")
 
 
 def test_a_dropped_row_tells_its_value() -> None:
