@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,9 @@ IDENTIFYING_NAMES = frozenset(
     }
 )
 """Files that determine what a model computes. Others (a README, training logs) are no part of its identity."""
+
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""The folder within a folder where InstructBLIP keeps its second tokenizer; part of the identity, too."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,13 @@ def folder_sha256(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"model folder {path} does not exist; correct the path, or name a model and a pretrained tag")
-    names = sorted(f.name for f in folder.iterdir() if f.suffix in IDENTIFYING_SUFFIXES or f.name in IDENTIFYING_NAMES)
+    names = sorted(
+        str(f.relative_to(folder))
+        for place in (folder, folder / QFORMER_TOKENIZER)
+        if place.is_dir()
+        for f in place.iterdir()
+        if f.suffix in IDENTIFYING_SUFFIXES or f.name in IDENTIFYING_NAMES
+    )
     if not any(name.endswith(".safetensors") for name in names):
         raise ConfigError(
             f"model folder {path} holds no .safetensors file; save the model's weights there in that format"
@@ -136,6 +145,8 @@ def resolve_device(device: str) -> str:
 
 
 Vectors = npt.NDArray[np.float32]
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class LoadedClip:
             import torch
 
             pixels = torch.stack([self.preprocess(image) for image in chunk])
-            return self.model.encode_image(_padded(pixels, batch).to(self.device, self.input_dtype))
+            return self.model.encode_image(padded(pixels, batch).to(self.device, self.input_dtype))
 
         return self._embed(images, batch, encode)
 
@@ -171,31 +182,42 @@ class LoadedClip:
         """Unit-length embeddings of texts, float32 of shape (texts, dimensions)."""
 
         def encode(chunk: Sequence[str]) -> torch.Tensor:
-            return self.model.encode_text(_padded(self.tokenizer(list(chunk)), batch).to(self.device))
+            return self.model.encode_text(padded(self.tokenizer(list(chunk)), batch).to(self.device))
 
         return self._embed(texts, batch, encode)
 
     def _embed(self, items: Sequence[Any], batch: int, encode: Callable[[Sequence[Any]], torch.Tensor]) -> Vectors:
-        import torch
-
         def forward(chunk: Sequence[Any]) -> Vectors:
-            with torch.inference_mode():
-                return _unit(encode(chunk)[: len(chunk)].float().cpu().numpy())
+            return _unit(encode(chunk)[: len(chunk)].float().cpu().numpy())
 
-        chunks = [items[start : start + batch] for start in range(0, len(items), batch)]
-        if self.device == "cpu":
-            threads = torch.get_num_threads()
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                parts = list(pool.map(forward, chunks))
-            torch.set_num_threads(threads)  # in part the setting is one of the whole process
-        else:
-            # fp32 is to mean fp32: cuDNN would otherwise run the patch embedding's convolution in TF32
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                parts = [forward(chunk) for chunk in chunks]
+        parts = in_passes(forward, [items[start : start + batch] for start in range(0, len(items), batch)], self.device)
         return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
 
 
-def _padded(inputs: torch.Tensor, batch: int) -> torch.Tensor:
+def in_passes(forward: Callable[[Chunk], Result], chunks: Sequence[Chunk], device: str) -> list[Result]:
+    """`forward` of each chunk, in their order and in inference mode, so that its bits depend on the chunk alone.
+
+    On a CPU each call runs on one thread, as many of them side by side as torch has threads (`LoadedClip` says why);
+    `forward` must be safe to call so. On a GPU fp32 means fp32, not TF32.
+    """
+    import torch
+
+    def quiet(chunk: Chunk) -> Result:
+        with torch.inference_mode():
+            return forward(chunk)
+
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = list(pool.map(quiet, chunks))
+        torch.set_num_threads(threads)  # in part the setting is one of the whole process
+        return results
+    # cuDNN would otherwise run the patch embedding's convolution in TF32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return [quiet(chunk) for chunk in chunks]
+
+
+def padded(inputs: torch.Tensor, batch: int) -> torch.Tensor:
     """Exactly `batch` rows: copies of the first row are added."""
     import torch
 

@@ -1,0 +1,225 @@
+"""BLIP, BLIP-2 and InstructBLIP checkpoints in transformers' format: found, checked and loaded.
+
+A checkpoint that does not fit is an error. transformers itself only prints a report and goes on with random weights.
+Only safetensors are read, and no code that comes with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pairmill.errors import ConfigError
+from pairmill.models import QFORMER_TOKENIZER, ModelRef, resolve_device
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+CAPTIONERS = {
+    "blip": "BlipForConditionalGeneration",
+    "blip-2": "Blip2ForConditionalGeneration",
+    "instructblip": "InstructBlipForConditionalGeneration",
+}
+"""The captioner's class in transformers, by ``model_type`` of a checkpoint's config.json."""
+
+MATCHERS = {"blip": "BlipForImageTextRetrieval", "blip-2": "Blip2ForImageTextRetrieval"}
+"""The class with an image-text matching head, by ``model_type``."""
+
+FAMILIES = {"blip": "blip", "blip-2": "blip2", "instructblip": "instructblip"}
+"""The family's name in the column ``source``, by ``model_type``."""
+
+MOVING_REVISIONS = ("main", "master", "HEAD")
+"""Names of a branch's tip: no pins."""
+
+CPU_TOKENS = 1024
+"""Image tokens of a forward pass on a CPU. A bigger pass is no faster a token there, and pads more."""
+
+CPU_ROWS = 8
+"""Texts of a forward pass on a CPU, for the same reason."""
+
+_EXAMPLES = {
+    "models.captioner": "Salesforce/blip-image-captioning-large@COMMIT",
+    "models.itm": "Salesforce/blip-itm-large-coco@COMMIT",
+}
+_NEEDS = {"models.captioner": "a captioner", "models.itm": "an image-text matching head"}
+_BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq)$")
+"""Constants that older versions of transformers stored and newer ones compute."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory, in evaluation mode, with what prepares its inputs."""
+
+    family: str
+    """blip, blip2 or instructblip."""
+    model: Any
+    tokenizer: Any
+    qformer_tokenizer: Any
+    """InstructBLIP's second tokenizer; None for the others."""
+    pixels: Callable[[Sequence[Image.Image]], torch.Tensor]
+    """RGB images as the checkpoint's preprocessor_config.json says: float32 of shape (images, 3, height, width)."""
+    device: str
+    dtype: Any
+    """torch.dtype of the arithmetic."""
+
+    def image_rows(self, batch: int) -> int:
+        """Images of each forward pass of the vision model: `batch`; on a CPU as many as have `CPU_TOKENS`."""
+        if self.device != "cpu":
+            return batch
+        vision = self.model.config.vision_config
+        return max(1, min(batch, CPU_TOKENS // (vision.image_size // vision.patch_size) ** 2))
+
+    def text_rows(self, batch: int) -> int:
+        """Texts of each forward pass: `batch`; on a CPU `CPU_ROWS` at most."""
+        return min(batch, CPU_ROWS) if self.device == "cpu" else batch
+
+    def prepared(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """`pixels` of images where the model wants them, in its dtype."""
+        return self.pixels(images).to(self.device, self.dtype)
+
+
+def load_captioner(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> Checkpoint:
+    """Load a captioner: BLIP, BLIP-2 or InstructBLIP, which of them by ``model_type`` of its config.json.
+
+    Args:
+        ref: a local folder in transformers' format, or a hub name with a pinned revision.
+        device: auto, cpu or cuda.
+        precision: fp32 or bf16, of the arithmetic (BLIP-2's Q-Former stays fp32).
+
+    Raises:
+        ConfigError: not pinned, not there, not a captioner, no safetensors, or weights missing, superfluous or of
+            another shape.
+    """
+    return _load(ref, "models.captioner", CAPTIONERS, device, precision)
+
+
+def load_matcher(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> Checkpoint:
+    """Load a model with an image-text matching head, BLIP or BLIP-2. Arguments and errors as `load_captioner`."""
+    return _load(ref, "models.itm", MATCHERS, device, precision)
+
+
+def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precision: str) -> Checkpoint:
+    from pairmill._torchvision import ensure_torchvision
+
+    ensure_torchvision()
+    import torch
+    import transformers
+
+    place = resolve_device(device)
+    folder = _folder(ref, key)
+    kind = _kind(folder, key, classes, ref)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        model = _weights(getattr(transformers, classes[kind]), folder, dtype, key, ref)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        second = folder / QFORMER_TOKENIZER
+        is_instruct = kind == "instructblip"
+        qformer = transformers.AutoTokenizer.from_pretrained(second, local_files_only=True) if is_instruct else None
+        images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{key}: {ref} cannot be loaded ({type(error).__name__}: {error}); is it a complete checkpoint in "
+            "transformers' format (config, safetensors, preprocessor_config.json, tokenizer)?"
+        ) from error
+
+    def pixels(batch: Sequence[Image.Image]) -> torch.Tensor:
+        return images(list(batch), return_tensors="pt")["pixel_values"]
+
+    return Checkpoint(FAMILIES[kind], model.to(place).eval(), tokenizer, qformer, pixels, place, dtype)
+
+
+def _folder(ref: ModelRef, key: str) -> Path:
+    """Where the checkpoint lies; one of the hub is fetched, or taken from the local cache."""
+    if ref.path is not None:
+        folder = Path(ref.path)
+        if not folder.is_dir():
+            raise ConfigError(f"{key}: the folder {folder} does not exist; correct {key}.path")
+        return folder
+    if ref.revision is None or ref.revision in MOVING_REVISIONS:
+        told = "names no revision" if ref.revision is None else f"is not pinned by {ref.revision!r}, which moves"
+        raise ConfigError(
+            f"{key}: {ref.name} {told}; pin a commit of the repository, as in {_EXAMPLES[key]}, so that stored results "
+            "stay comparable"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+    try:
+        return Path(snapshot_download(str(ref.name), revision=ref.revision, allow_patterns=patterns))
+    except Exception as error:
+        raise ConfigError(
+            f"{key}: {ref} cannot be fetched ({type(error).__name__}: {error}). Check the name, the revision and the "
+            f"network, or fetch it elsewhere and give its folder as {key}.path; offline, {key}: tiny is there"
+        ) from error
+
+
+def _kind(folder: Path, key: str, classes: dict[str, str], ref: ModelRef) -> str:
+    """The ``model_type`` of a checkpoint, one of `classes`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, architectures = config.get("model_type"), config.get("architectures") or []
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{key}: {ref} has no readable config.json ({type(error).__name__}); give a folder in transformers' "
+            "format, as save_pretrained writes it"
+        ) from error
+    accepted = ", ".join(classes.values())
+    found = ", ".join(architectures) or f"a model of type {kind!r}"
+    if kind not in classes or (architectures and classes[kind] not in architectures):
+        other = next((k for k, names in _BY_KEY.items() if k != key and names.get(kind) in architectures), None)
+        what = f", {_NEEDS[other]}" if other else ""
+        raise ConfigError(
+            f"{key}: {ref} is {found}{what}; {key} needs {_NEEDS[key]}: {accepted}, such as {_EXAMPLES[key]}"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{key}: {ref} holds no .safetensors file, and other formats are not read; convert it "
+            f"({classes[kind]}.from_pretrained(...).save_pretrained(FOLDER)) and give the folder as {key}.path"
+        )
+    return str(kind)
+
+
+_BY_KEY = {"models.captioner": CAPTIONERS, "models.itm": MATCHERS}
+
+
+def _weights(kind: Any, folder: Path, dtype: Any, key: str, ref: ModelRef) -> Any:
+    """The model with all its weights from the folder, or `ConfigError`."""
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of what does not fit is raised below
+    try:
+        model, told = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ConfigError(f"{key}: the weights of {ref} are damaged or cut off ({error}); fetch them again") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    wrong = {
+        "missing": sorted(told["missing_keys"]),
+        "not known to it": sorted(name for name in told["unexpected_keys"] if not _BUFFERS.search(name)),
+        "of another shape": sorted(str(entry[0]) for entry in told["mismatched_keys"]),
+        "unreadable": sorted(map(str, told.get("error_msgs") or ())),
+    }
+    if any(wrong.values()):
+        parts = "; ".join(f"{len(names)} {what} (such as {names[0]})" for what, names in wrong.items() if names)
+        raise ConfigError(
+            f"{key}: the weights of {ref} do not make a whole {kind.__name__}: {parts}. The checkpoint is of another "
+            "model or only a part of one; give a complete one"
+        )
+    return model
