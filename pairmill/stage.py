@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
-from pairmill.errors import ContractError, StageFailed
+from pairmill.errors import ContractError, PairmillError, StageFailed
 from schemas import fields
 from schemas.reasons import Reason
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PROGRAMMING_ERRORS = (NameError, AttributeError, ImportError, NotImplementedError, ContractError)
-"""Defects of the code rather than of a row: `apply` lets them through."""
+RUN_ERRORS = (NameError, AttributeError, ImportError, NotImplementedError, PairmillError)
+"""Defects of the code, and what pairmill raises on purpose (`ConfigError` above all: a key that an endpoint refuses, a
+head of another width). They are no row's fault: `apply` lets them through."""
 
 
 @dataclass(frozen=True)
@@ -270,18 +271,19 @@ def apply(stage: Stage, kernel: Kernel, batch: Batch, budget: ErrorBudget) -> pa
     """Run a kernel over live rows and return a table of `output_schema`, one row for each row of the batch, in order.
 
     When the kernel fails the batch is halved until the guilty rows are alone; those get reason ``error.<kind>`` and the
-    rest goes on. Out of memory on a device halves the batch too. Defects of the code (`PROGRAMMING_ERRORS`, a wrong
-    output schema or row count) always raise.
+    rest goes on. Out of memory on a device halves the batch too. What is no row's fault (`RUN_ERRORS`, a wrong
+    output schema or row count) always raises.
 
     Raises:
         ContractError: the kernel returned other columns, types or another number of rows than it declared.
         StageFailed: the error budget is used up.
+        PairmillError: the kernel raised it.
     """
     if len(batch) == 0:
         return output_schema(stage).empty_table()
     try:
         output = kernel(batch)
-    except PROGRAMMING_ERRORS:
+    except RUN_ERRORS:
         raise
     except Exception as error:  # noqa: BLE001 (whatever a row provokes must not cost the other rows)
         if len(batch) == 1:
