@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional
 
 from pairmill.procedural import junk
 from pairmill.procedural.captions import CORRUPTIONS, VOCABULARY, as_typed, corrupt, describe
 from pairmill.procedural.scene import SHAPES, Scene, render, sample_scene
 from pairmill.procedural.truth import ClaimTable, SceneTable, claim_table, scene_table, truth_matrix
+from pairmill.train.views import make_views
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 _LEFT, _RIGHT = "left", "right"
@@ -113,7 +113,7 @@ class Corpus:
         for row in range(scenes):
             scene = sample_scene(rng) if row % 2 == 0 else twin(drawn[-1], rng)
             drawn.append(scene)
-            self.pictures[row] = _picture(scene_image=render(scene, side, side), rng=rng)
+            self.pictures[row] = small_picture(scene_image=render(scene, side, side), rng=rng)
             boxes = np.array(scene.boxes(1, 1))
             self.margins[row] = (*boxes[:, :2].min(axis=0), *(1 - boxes[:, 2:].max(axis=0)))
             for column in range(captions):
@@ -157,9 +157,10 @@ class Corpus:
         claims = self.claims.take(texts).mirrored(flipped)
         both = np.concatenate([rows, rows])
         truth = truth_matrix(self.scenes.take(both, mirrored.reshape(-1)), claims)
+        pictures, margins = self.pictures[torch.from_numpy(rows)], self.margins[rows]
         views = [
-            self._views(rng, rows, mirrored[0], side, strength=0.6),
-            self._views(rng, rows, mirrored[1], side, strength=1.0),
+            make_views(rng, pictures, np.minimum(margins, 0.12), mirrored[0], side, strength=0.6),
+            make_views(rng, pictures, np.minimum(margins, 0.12), mirrored[1], side, strength=1.0),
         ]
         return Batch(torch.cat(views), tokens, torch.from_numpy(truth))
 
@@ -168,34 +169,6 @@ class Corpus:
         """One corruption a caption, each kind it has with equal chance; (scenes,) text rows."""
         score = np.where(choices >= 0, rng.random(choices.shape), -1)
         return choices[np.arange(len(choices)), score.argmax(axis=1)]
-
-    def _views(
-        self, rng: np.random.Generator, rows: NDArray[np.int64], mirrored: NDArray[np.bool_], side: int, strength: float
-    ) -> torch.Tensor:
-        """Crops of up to 12% of each side that cut no object, mirrored where flagged, recoloured and noised."""
-        count = len(rows)
-        limit = np.minimum(self.margins[rows], 0.12)
-        edges = limit * rng.random((count, 4)) * (rng.random((count, 1)) < strength)
-        total = np.maximum(edges[:, :2] + edges[:, 2:], 1e-6)
-        edges *= np.tile(np.minimum(1, 0.125 / total), 2)
-        x1, y1, x2, y2 = edges[:, 0], edges[:, 1], 1 - edges[:, 2], 1 - edges[:, 3]
-        theta = np.zeros((count, 2, 3), dtype=np.float32)
-        theta[:, 0, 0] = (x2 - x1) * np.where(mirrored, -1, 1)
-        theta[:, 0, 2] = x1 + x2 - 1
-        theta[:, 1, 1] = y2 - y1
-        theta[:, 1, 2] = y1 + y2 - 1
-        pictures = self.pictures[torch.from_numpy(rows)].float()
-        grid = functional.affine_grid(torch.from_numpy(theta), [count, 3, side, side], align_corners=False)
-        views = functional.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        gain = torch.from_numpy(rng.normal(1, 0.025 * strength, (count, 3, 1, 1)).astype(np.float32))
-        shift = torch.from_numpy(rng.normal(0, 4 * strength, (count, 1, 1, 1)).astype(np.float32))
-        amount = rng.choice([0.0, 1.0, 3.0], (count, 1, 1, 1)).astype(np.float32)
-        chance = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
-        noise = torch.randn((count, 3, side, side), generator=chance) * torch.from_numpy(amount)
-        sharpen = torch.from_numpy(rng.uniform(-0.5, 0.5, (count, 1, 1, 1)).astype(np.float32))
-        blurred = functional.avg_pool2d(views, 3, stride=1, padding=1, count_include_pad=False)
-        views = views + sharpen * (views - blurred)
-        return ((views * gain + shift + noise).clamp(0, 255) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def twin(scene: Scene, rng: random.Random) -> Scene:
@@ -213,7 +186,7 @@ def twin(scene: Scene, rng: random.Random) -> Scene:
     return sample_scene(rng, kinds=kinds)
 
 
-def _picture(*, scene_image: Image.Image, rng: random.Random) -> torch.Tensor:
+def small_picture(*, scene_image: Image.Image, rng: random.Random) -> torch.Tensor:
     """(3, side, side) uint8, after a JPEG round trip half of the time."""
     if rng.random() < 0.5:
         buffer = io.BytesIO()

@@ -110,7 +110,7 @@ def measure_captions(clip: LoadedClip, *, scenes: int, seed: int = HELD_OUT_SEED
     """
     rng = random.Random(f"held-out:{seed}")
     drawn = [sample_scene(rng) for _ in range(scenes)]
-    images = clip.images(_as_jpeg(scene, rng) for scene in drawn)
+    images = clip.images(as_jpeg(scene, rng) for scene in drawn)
     captions = [as_typed(describe(scene, rng), rng) for scene in drawn]
     texts = clip.texts(captions)
     true = (images * texts).sum(axis=1)
@@ -136,7 +136,7 @@ def measure_captions(clip: LoadedClip, *, scenes: int, seed: int = HELD_OUT_SEED
     }
 
 
-def _as_jpeg(scene: Scene, rng: random.Random) -> Image.Image:
+def as_jpeg(scene: Scene, rng: random.Random) -> Image.Image:
     buffer = io.BytesIO()
     render(scene).save(buffer, "JPEG", quality=rng.randint(60, 95))
     return Image.open(buffer).convert("RGB")
