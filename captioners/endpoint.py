@@ -68,8 +68,8 @@ class Prompt:
 
     @classmethod
     def of(cls, text: str | None) -> Prompt:
-        """The system message of ``prompts/describe_system.md`` with `text` as the user's; null, an empty one, or BLIP's,
-        which is the config's default, means ``prompts/describe_user.md``."""
+        """The system message of ``prompts/describe_system.md`` with `text` as the user's; null, an empty one or BLIP's
+        (the config's default) means ``prompts/describe_user.md``."""
         default = config.Caption.model_fields["prompt"].default
         wanted = "" if text is None or text == default else text.strip()
         user = wanted or _read("describe_user.md")
