@@ -60,8 +60,57 @@ class ClipScore(Stage):
             first = [row[0] if row else None for row in scores]
             values: tuple[list[Any], ...] = (list(images), scores, first)
             written = zip(self.writes, values, strict=True)
-            measured = {f.name: _scatter(column, positions, len(batch), f) for f, column in written}
+            measured = {f.name: scatter(column, positions, len(batch), f) for f, column in written}
             return pa.table(measured | missing_image(len(batch), positions))
+
+        return kernel
+
+
+@dataclass(frozen=True)
+class CaptionClipScore(Stage):
+    """The cosine of the image with each of its captions, from the embedding that `ClipScore` stored: no pixels.
+
+    The model and precision must be those of the `ClipScore` of the recipe. A null caption has a null score; without
+    captions (null or an empty list) or without an embedding all are null. Results depend on batch, order and threads
+    as little as those of `ClipScore`.
+    """
+
+    name = "caption_clip"
+    reads = (fields.CLIP_IMAGE.name, fields.CAPTIONS.name)
+    writes = (fields.CAPTION_CLIP_SCORES,)
+
+    model: ModelRef
+    precision: str = "fp32"
+    device: str = field(default="auto", metadata={"identity": False})
+    batch: int = field(default=32, metadata={"identity": False})
+    """Rows a forward pass."""
+
+    resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
+
+    @classmethod
+    def of(cls, models: Models) -> CaptionClipScore:
+        """The stage that a config asks for, with the model of `ClipScore.of`."""
+        scores = ClipScore.of(models)
+        return cls(scores.model, scores.precision, scores.device, scores.batch, scores.resources)
+
+    def open(self) -> Kernel:
+        """Load the model."""
+        clip = load_clip(self.model, self.device, self.precision)
+
+        def kernel(batch: Batch) -> pa.Table:
+            images = batch.pylist(fields.CLIP_IMAGE.name)
+            captions = batch.pylist(fields.CAPTIONS.name)
+            texts = [
+                [None if image is None else caption["text"] for caption in row or ()]
+                for image, row in zip(images, captions, strict=True)
+            ]
+            flat = [(i, text) for i, row in enumerate(texts) for text in row if text is not None]
+            vectors = clip.embed_texts([text for _, text in flat], self.batch)
+            left = np.array([images[i] for i, _ in flat], dtype=np.float32)
+            cosines = iter(_cosines(left, vectors) if flat else ())
+            scores = [[None if text is None else next(cosines) for text in row] or None for row in texts]
+            column = pa.array(scores, fields.CAPTION_CLIP_SCORES.type)
+            return pa.table({fields.CAPTION_CLIP_SCORES.name: column})
 
         return kernel
 
@@ -71,8 +120,8 @@ def _cosines(left: Vectors, right: Vectors) -> list[float]:
     return [min(1.0, max(-1.0, float(row.sum()))) for row in left.astype(np.float64) * right]
 
 
-def _scatter(values: list[Any], positions: list[int], count: int, field_: pa.Field) -> pa.Array:
-    """`values` at their positions among `count` rows, null elsewhere."""
+def scatter(values: list[Any], positions: list[int], count: int, field_: pa.Field) -> pa.Array:
+    """`values` at their positions among `count` rows, null elsewhere; of the type of `field_`."""
     column: list[Any] = [None] * count
     for position, value in zip(positions, values, strict=True):
         column[position] = value

@@ -148,6 +148,16 @@ class CaptionerChoice(ModelChoice):
     api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the endpoint's key")
 
 
+class ItmChoice(ModelChoice):
+    """A model with an image-text matching head: a transformers checkpoint, as of `CaptionerChoice`."""
+
+    enc_token: bool | None = Field(
+        None,
+        description="BLIP: a text begins with [ENC], as in training (true), or with [CLS], as transformers' own "
+        "processor has it (false); null: [ENC] where the model has one",
+    )
+
+
 class HeadChoice(Section):
     """A linear or MLP head over stored CLIP embeddings (aesthetic, NSFW, watermark ...), in safetensors."""
 
@@ -163,7 +173,7 @@ class Models(Section):
 
     clip: ModelChoice = ModelChoice(name="tiny")
     captioner: CaptionerChoice = CaptionerChoice(name="tiny")
-    itm: ModelChoice = ModelChoice(name="tiny")
+    itm: ItmChoice = ItmChoice(name="tiny")
     heads: dict[str, HeadChoice] = Field(
         default_factory=dict, description="score column by name: a head over the CLIP embedding of the image"
     )

@@ -1,0 +1,271 @@
+"""Whether image and text match: the probability of BLIP's and BLIP-2's image-text matching head."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from captioners.text import prepare_text
+from filters.clip_score import scatter
+from filters.image_rules import missing_image, with_image
+from pairmill.blip import Checkpoint, cross_attention_cache, load_matcher
+from pairmill.errors import ConfigError
+from pairmill.models import ModelRef, in_passes, padded
+from pairmill.stage import Batch, Kernel, Resources, Stage
+from pairmill.weights import tiny_itm_dir
+from schemas import fields
+from schemas.config import Models
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+MAX_TOKENS = 35
+"""Tokens of a text that are read, [CLS] and [SEP] included: BLIP's, in training and in retrieval."""
+
+
+@dataclass(frozen=True)
+class ItmScore(Stage):
+    """The probability, 0 to 1, that the image matches each of its texts and, with `captions`, each of its captions.
+
+    ``softmax(logits)[1]`` of the matching head (BLIP, section 3.2 and the filter of CapFilt, section 3.3): no cosine is
+    added. BLIP-2 averages the logits over its queries first (BLIP-2, section 3.2). The image is encoded once for all
+    its texts, and so are the keys and values that BLIP's texts attend to.
+
+    A row without image is dropped; a null text has a null score; a null or empty list of texts has null scores.
+    Results do not depend on the number of rows a kernel call has or on threads, to the last bit (see
+    `pairmill.models.LoadedClip`): all texts are padded to `max_tokens`.
+    """
+
+    name = "itm"
+
+    model: ModelRef
+    captions: bool = False
+    """Score `schemas.fields.CAPTIONS`, too."""
+    enc_token: bool | None = None
+    """What a text begins with for BLIP: [ENC], as in its training and its retrieval code (true), or [CLS], as in
+    transformers' processor and BLIP's demo (false). None: [ENC] where the model has one, which the checkpoints of
+    Salesforce do, although their tokenizers do not name it. BLIP-2 has none."""
+    prepare: bool = True
+    """Texts are read as `captioners.text.prepare_text` leaves them; false: as they are."""
+    max_tokens: int = MAX_TOKENS
+    """Longer texts are cut off."""
+    precision: str = "fp32"
+    device: str = field(default="auto", metadata={"identity": False})
+    batch: int = field(default=32, metadata={"identity": False})
+    """Rows a forward pass; on a CPU an upper bound (`Checkpoint.image_rows`, `Checkpoint.text_rows`)."""
+
+    resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Images and texts, and captions where they are scored."""
+        names = (fields.IMAGE.name, fields.TEXTS.name)
+        return (*names, fields.CAPTIONS.name) if self.captions else names
+
+    @property
+    def writes(self) -> tuple[pa.Field, ...]:
+        """Probabilities of the texts, of the first text, and of the captions where they are scored."""
+        scores = (fields.ITM_SCORES, fields.ITM_SCORE)
+        return (*scores, fields.CAPTION_ITM_SCORES) if self.captions else scores
+
+    @classmethod
+    def of(cls, models: Models, captions: bool = False) -> ItmScore:
+        """The stage that a config asks for: one GPU where it says cuda."""
+        return cls(
+            ModelRef.of(models.itm, tiny_itm_dir),
+            captions,
+            models.itm.enc_token,
+            precision=models.precision,
+            device=models.device,
+            batch=models.batch,
+            resources=Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True),
+        )
+
+    def open(self) -> Kernel:
+        """Load the model.
+
+        Raises:
+            ConfigError: the checkpoint does not fit, or has no [ENC] though one is asked for.
+        """
+        matcher = matcher_of(load_matcher(self.model, self.device, self.precision), self)
+
+        def kernel(batch: Batch) -> pa.Table:
+            rows, positions = with_image(batch)
+            texts = [[t["text"] for t in row or ()] for row in rows.pylist(fields.TEXTS.name)]
+            written: list[list[str | None]] = [[] for _ in texts]
+            if self.captions:
+                written = [[c["text"] for c in row or ()] for row in rows.pylist(fields.CAPTIONS.name)]
+            both = [[*left, *right] for left, right in zip(texts, written, strict=True)]
+            scores = matcher.scores(rows.images(), both)
+            of_texts = [row[: len(left)] or None for row, left in zip(scores, texts, strict=True)]
+            of_captions = [row[len(left) :] or None for row, left in zip(scores, texts, strict=True)]
+            values: list[list[Any]] = [of_texts, [row[0] if row else None for row in of_texts], of_captions]
+            measured = {
+                f.name: scatter(column, positions, len(batch), f)
+                for f, column in zip(self.writes, values[: len(self.writes)], strict=True)
+            }
+            return pa.table(measured | missing_image(len(batch), positions))
+
+        return kernel
+
+
+def matcher_of(blip: Checkpoint, stage: ItmScore) -> Matcher:
+    """What scores with a checkpoint."""
+    return BlipMatcher(blip, stage) if blip.family == "blip" else Blip2Matcher(blip, stage)
+
+
+class Matcher(ABC):
+    """Scores texts with one checkpoint: `encode` makes an image's features, `match` reads texts against them."""
+
+    def __init__(self, blip: Checkpoint, stage: ItmScore) -> None:
+        self.blip = blip
+        self._stage = stage
+        self._image_rows = blip.image_rows(stage.batch)
+        self._rows = blip.text_rows(stage.batch)
+        self._tokens = min(stage.max_tokens, self._positions)
+
+    def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str | None]]) -> list[list[float | None]]:
+        """The probability of each of an image's texts; None for a null text."""
+        found: list[list[float | None]] = []
+        for start in range(0, len(images), self._stage.batch):  # so many images' features are in memory at a time
+            some = slice(start, start + self._stage.batch)
+            found += self._some(images[some], texts[some])
+        return found
+
+    def _some(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str | None]]) -> list[list[float | None]]:
+        def encode(chunk: list[int]) -> list[torch.Tensor]:
+            pixels = self.blip.prepared([images[image] for image in chunk])
+            return list(self.encode(padded(pixels, self._image_rows))[: len(chunk)])
+
+        def match(start: int) -> list[float]:
+            stop = min(start + self._rows, len(flat))
+            rows = [place[image] for image, _ in flat[start:stop]]
+            rows += rows[:1] * (self._rows - len(rows))
+            logits = self.match(states, rows, padded(ids[start:stop], self._rows), padded(mask[start:stop], self._rows))
+            return logits.float().softmax(dim=-1)[: stop - start, 1].tolist()
+
+        flat = [(image, text) for image, row in enumerate(texts) for text in row if text is not None]
+        if not flat:
+            return [[None] * len(row) for row in texts]
+        ids, mask = self.tokenized([text for _, text in flat])
+        wanted = list(dict.fromkeys(image for image, _ in flat))
+        place = {image: n for n, image in enumerate(wanted)}
+        size = self._image_rows
+        parts = in_passes(encode, [wanted[n : n + size] for n in range(0, len(wanted), size)], self.blip.device)
+        states = [state for part in parts for state in part]
+        starts = range(0, len(flat), self._rows)
+        scores = iter([score for part in in_passes(match, starts, self.blip.device) for score in part])
+        return [[None if text is None else next(scores) for text in row] for row in texts]
+
+    def tokenized(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, both int64 of shape (texts, `max_tokens`)."""
+        read = [prepare_text(text) for text in texts] if self._stage.prepare else texts
+        encoded = self.blip.tokenizer(
+            read, padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt"
+        ).to(self.blip.device)
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    @property
+    @abstractmethod
+    def _positions(self) -> int:
+        """Tokens that the model can read at most."""
+
+    @abstractmethod
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of shape (images, tokens, width), all that `match` needs of an image."""
+
+    @abstractmethod
+    def match(
+        self, states: Sequence[torch.Tensor], rows: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of shape (rows, 2), no match and match, of the texts with the images ``states[row]``."""
+
+
+class BlipMatcher(Matcher):
+    """BLIP: a text encoder that attends to the image's features; the first token's state goes into the head."""
+
+    def __init__(self, blip: Checkpoint, stage: ItmScore) -> None:
+        super().__init__(blip, stage)
+        self._first = enc_token(blip, stage.enc_token)
+
+    @property
+    def _positions(self) -> int:
+        return int(self.blip.model.config.text_config.max_position_embeddings)
+
+    def tokenized(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Matcher.tokenized`, the first token replaced by [ENC] where that is asked for."""
+        ids, mask = super().tokenized(texts)
+        if self._first is not None:
+            ids[:, 0] = self._first
+        return ids, mask
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision model's last hidden states."""
+        return self.blip.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    def match(
+        self, states: Sequence[torch.Tensor], rows: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The head over the first token's state."""
+        text = self.blip.model.text_encoder
+        encoded = text(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=states[0].expand(len(rows), -1, -1),  # says that there are some: see the cache
+            past_key_values=cross_attention_cache(text.encoder.layer, states, rows),
+        )
+        return self.blip.model.itm_head(encoded.last_hidden_state[:, 0])
+
+
+def enc_token(blip: Checkpoint, wanted: bool | None) -> int | None:
+    """The id that a text begins with instead of [CLS], or None for [CLS] itself.
+
+    BLIP's own code adds [DEC] and [ENC] to BERT's tokens. The published tokenizers are BERT's without them, but the
+    embeddings have both rows, [DEC]'s being the start token that config.json names.
+    """
+    text, tokenizer = blip.model.config.text_config, blip.tokenizer
+    known = tokenizer.get_vocab().get("[ENC]")
+    if known is None and text.bos_token_id == len(tokenizer) and text.vocab_size == len(tokenizer) + 2:
+        known = text.bos_token_id + 1
+    if wanted and known is None:
+        raise ConfigError("models.itm.enc_token is true, but the checkpoint has no [ENC] token; leave the key out")
+    return None if wanted is False else known
+
+
+class Blip2Matcher(Matcher):
+    """BLIP-2: queries and text go through the Q-Former together; the head's logits are averaged over the queries."""
+
+    def __init__(self, blip: Checkpoint, stage: ItmScore) -> None:
+        super().__init__(blip, stage)
+        if stage.enc_token:
+            raise ConfigError("models.itm.enc_token is true, but BLIP-2 has no [ENC] token; leave the key out")
+
+    @property
+    def _positions(self) -> int:
+        return int(self.blip.model.config.qformer_config.max_position_embeddings)
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The vision model's last hidden states."""
+        return self.blip.model.vision_model(pixel_values=pixels).last_hidden_state
+
+    def match(
+        self, states: Sequence[torch.Tensor], rows: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The head over the queries' states, averaged."""
+        import torch
+
+        model = self.blip.model
+        queries = model.query_tokens.expand(len(rows), -1, -1)
+        count = queries.shape[1]
+        output = model.qformer(
+            query_embeds=model.embeddings(input_ids=ids, query_embeds=queries),
+            query_length=count,
+            attention_mask=torch.cat([mask.new_ones(len(rows), count), mask], dim=1),
+            encoder_hidden_states=torch.stack([states[image] for image in rows]),
+        ).last_hidden_state
+        return model.itm_head(output[:, :count].to(model.itm_head.weight.dtype)).mean(dim=1)
