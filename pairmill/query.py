@@ -32,7 +32,7 @@ VIEWS = ("pairs", "texts", "images", "boxes", "instructions", "snapshots")
 
 _PROTOCOL = "snapshot"
 _LEDGER = ("status", "reason", "detail", "duplicate_of", "cluster")
-_NAMED = ("width", "height", "sha256", "clip_score")
+_NAMED = ("width", "height", "sha256", "clip_score", "itm_score")
 """Columns that ``pairs`` always has, null where the recipe does not measure them."""
 _INSTRUCTIONS = "uid VARCHAR, kind VARCHAR, messages VARCHAR, writer VARCHAR, prompt_digest VARCHAR"
 
@@ -64,9 +64,12 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection in memory with `VIEWS` over a snapshot; close it, or use it in a ``with`` statement.
 
     ``pairs``
-        one row a pair; besides the columns that docs name, each scalar column that the recipe measured
+        one row a pair; ``text`` is the alt text, ``caption`` the text of rank 0; besides the columns that docs name,
+        each scalar column that the recipe measured
     ``texts``
-        one row a text; ``ordinal`` counts from 0, the web text
+        one row a text: those that came with the pair, then those that a captioner wrote; ``ordinal`` counts from 0, the
+        web text. ``rank`` counts kept texts from 0; a text that is not kept has a reason: its own, or else the pair's.
+        Where no mixing recipe chose, all texts of a kept pair are kept, in their order
     ``images``
         one row a stored image
     ``boxes``
@@ -145,7 +148,8 @@ class _Views:
             if table != PAIRS_TABLE and column not in _NAMED and _is_scalar(self._columns[table][column])
         )
         joined: dict[str, list[str]] = {LEDGER_TABLE: list(_LEDGER)}
-        selected = [f"p.{column}" for column in ("uid", "url", "text", "shard", "refresh")]
+        caption = f"{self._caption(joined)} AS caption"
+        selected = ["p.uid", "p.url", "p.text", caption, "p.shard", "p.refresh"]
         selected += [_of(LEDGER_TABLE, column) for column in _LEDGER]
         for column in (*_NAMED, "source", "extra", *measured):
             if column in ("source", "extra"):
@@ -158,20 +162,76 @@ class _Views:
         joins = " ".join(_join(table, columns) for table, columns in joined.items())
         self._view("pairs", f"SELECT {', '.join(selected)} FROM store.{PAIRS_TABLE} p {joins}")
 
+    def _caption(self, joined: dict[str, list[str]]) -> str:
+        """The text of rank 0: the alt text where no recipe chose among texts, null where no text is kept. Adds the
+        columns it needs to `joined`."""
+        if self._table_of(fields.TEXT_RANKS, LEDGER_TABLE) is None:
+            return "p.text"
+        ranks = f"{_alias(LEDGER_TABLE)}.text_ranks"
+        joined[LEDGER_TABLE].append("text_ranks")
+        place, given = f"nullif(list_position({ranks}, 0), 0)", "coalesce(len(p.texts), 0)"
+        written = "NULL"
+        if table := self._table_of(fields.CAPTIONS):
+            joined.setdefault(table, []).append("captions")
+            written = f"{_alias(table)}.captions[{place} - {given}].text"
+        return f"""CASE WHEN {ranks} IS NULL THEN p.text WHEN {place} IS NULL THEN NULL
+            WHEN {place} <= {given} THEN p.texts[{place}].text ELSE {written} END"""
+
     def _texts(self) -> None:
-        table = self._table_of(fields.CLIP_SCORES)
-        score, join = "NULL::FLOAT", ""
-        if table:
-            score, join = f"{_alias(table)}.clip_scores[ordinal + 1]", _join(table, ["clip_scores"])
+        of, kept = _alias(LEDGER_TABLE), "status = 'kept'"
+        stored = [f"{of}.{column}" for column in ("status", "reason AS pair_reason", "detail AS pair_detail")]
+        joined = ["status", "reason", "detail"]
+        rank, why = "ordinal", ("own_reason", "own_detail")
+        if self._table_of(fields.TEXT_RANKS, LEDGER_TABLE):
+            # A recipe that chose said it of every text; without one, a text has the reason that its captioner gave.
+            chosen = [f.name for f in (fields.TEXT_RANKS, fields.TEXT_REASONS, fields.TEXT_DETAILS)]
+            joined += chosen
+            stored += [f"{of}.text_ranks IS NOT NULL AS mixed", f"{of}.text_ranks[ordinal + 1] AS text_rank"]
+            stored += [f"{of}.{name}[ordinal + 1] AS {name[:-1]}" for name in chosen[1:]]
+            rank = "if(mixed, text_rank, ordinal)"
+            why = ("if(mixed, text_reason, own_reason)", "if(mixed, text_detail, own_detail)")
+        own_reason, own_detail = why
         self._view(
             "texts",
-            f"""SELECT p.uid, ordinal, texts[ordinal + 1].text AS text, texts[ordinal + 1].source AS source,
-                {score} AS clip_score, NULL::FLOAT AS itm_score,
-                {_alias(LEDGER_TABLE)}.status = 'kept' AS kept, {_alias(LEDGER_TABLE)}.reason AS reason, p.shard
-                FROM (SELECT uid, shard, texts, unnest(range(len(texts)))::INTEGER AS ordinal
-                      FROM store.{PAIRS_TABLE}) p
-                {_join(LEDGER_TABLE, ["status", "reason"])} {join}""",
+            f"""SELECT uid, ordinal, text, source, clip_score, itm_score, {kept} AND {own_reason} IS NULL AS kept,
+                CASE WHEN {kept} AND {own_reason} IS NULL THEN {rank} END AS rank,
+                coalesce({own_reason}, pair_reason) AS reason,
+                CASE WHEN {own_reason} IS NULL THEN pair_detail ELSE {own_detail} END AS detail, shard
+                FROM (SELECT p.*, {", ".join(stored)} FROM ({self._given()} {self._written()}) p
+                      {_join(LEDGER_TABLE, joined)})""",
         )
+
+    def _given(self) -> str:
+        """The texts that came with pairs."""
+        clip, itm = self._table_of(fields.CLIP_SCORES), self._table_of(fields.ITM_SCORES)
+        return f"""SELECT p.uid, p.shard, ordinal, texts[ordinal + 1].text AS text, texts[ordinal + 1].source AS source,
+            {_element(clip, "clip_scores")} AS clip_score, {_element(itm, "itm_scores")} AS itm_score,
+            NULL::VARCHAR AS own_reason, NULL::VARCHAR AS own_detail
+            FROM (SELECT uid, shard, texts, unnest(range(len(texts)))::INTEGER AS ordinal FROM store.{PAIRS_TABLE}) p
+            {_joins((clip, "clip_scores"), (itm, "itm_scores"))}"""
+
+    def _written(self) -> str:
+        """The texts that a captioner wrote, to be added to those."""
+        table = self._table_of(fields.CAPTIONS)
+        if table is None:
+            return ""
+        clip, itm = self._table_of(fields.CAPTION_CLIP_SCORES), self._table_of(fields.CAPTION_ITM_SCORES)
+        scores = [
+            f"{_element(t, column)} AS {name}"
+            for t, column, name in (
+                (clip, "caption_clip_scores", "clip_score"),
+                (itm, "caption_itm_scores", "itm_score"),
+            )
+        ]
+        return f"""UNION ALL
+            SELECT p.uid, p.shard, (given + ordinal)::INTEGER AS ordinal, captions[ordinal + 1].text AS text,
+            captions[ordinal + 1].source AS source, {", ".join(scores)},
+            captions[ordinal + 1].reason AS own_reason, captions[ordinal + 1].detail AS own_detail
+            FROM (SELECT c.uid, c.shard, captions, unnest(range(len(captions))) AS ordinal, given
+                  FROM store.{_name(table)} c
+                  JOIN (SELECT uid, shard, coalesce(len(texts), 0) AS given FROM store.{PAIRS_TABLE}) g
+                  ON g.uid = c.uid AND g.shard = c.shard) p
+            {_joins((clip, "caption_clip_scores"), (itm, "caption_itm_scores"))}"""
 
     def _images(self) -> None:
         table = self._table_of(fields.IMAGE)
@@ -208,8 +268,9 @@ class _Views:
         self._connection.execute("CREATE TABLE snapshots AS SELECT * FROM records ORDER BY id")
         self._connection.unregister("records")
 
-    def _table_of(self, field: pa.Field) -> str | None:
-        table = self._snapshot.columns.get(field.name)
+    def _table_of(self, field: pa.Field, table: str | None = None) -> str | None:
+        """The table that holds a column, if it does: a dataset may be older than the column."""
+        table = table or self._snapshot.columns.get(field.name)
         return table if table is not None and field.name in self._columns[table] else None
 
     def _view(self, name: str, select: str) -> None:
@@ -223,6 +284,20 @@ def _join(table: str, columns: Sequence[str]) -> str:
     grouped = f"SELECT uid, shard, {values} FROM store.{_name(table)} GROUP BY uid, shard"
     alias = _alias(table)
     return f"LEFT JOIN ({grouped}) {alias} ON {alias}.uid = p.uid AND {alias}.shard = p.shard"
+
+
+def _joins(*columns: tuple[str | None, str]) -> str:
+    """Left joins with the tables of these columns that are there."""
+    by_table: dict[str, list[str]] = {}
+    for table, column in columns:
+        if table is not None:
+            by_table.setdefault(table, []).append(column)
+    return " ".join(_join(table, names) for table, names in by_table.items())
+
+
+def _element(table: str | None, scores: str) -> str:
+    """The score of a text from a list of scores."""
+    return "NULL::FLOAT" if table is None else f"{_alias(table)}.{scores}[ordinal + 1]"
 
 
 def _alias(table: str) -> str:

@@ -30,7 +30,9 @@ class SnapshotRecord:
     reasons: dict[str, int]
     """Pairs by reason; the values add up to dropped + deferred."""
     funnel: list[dict[str, Any]]
-    """One entry a step of the recipe, in order: step, kind, entered, reasons (count by reason), left."""
+    """One entry a step of the recipe, in order: step, kind, entered, reasons (count by reason), left. A step that chose
+    among texts also has texts: of the pairs that entered it, by source, how many were kept (``kept``) or not (by
+    reason)."""
     tables: dict[str, int]
     """Version of each Delta table."""
     columns: dict[str, str]

@@ -34,10 +34,11 @@ def test_pairs_has_one_row_a_pair_with_its_fate_and_its_measures(built):
     found = {row["uid"]: row for row in rows(built, "SELECT * FROM pairs")}
     assert len(found) == 6
     first = found[PAIRS[0].uid]
-    assert list(first)[:16] == [
+    assert list(first)[:18] == [
         "uid",
         "url",
         "text",
+        "caption",
         "shard",
         "refresh",
         "status",
@@ -49,6 +50,7 @@ def test_pairs_has_one_row_a_pair_with_its_fate_and_its_measures(built):
         "height",
         "sha256",
         "clip_score",
+        "itm_score",
         "source",
         "extra",
     ]
@@ -77,6 +79,61 @@ def test_texts_has_one_row_a_text(built):
     ]
     assert [r["clip_score"] for r in found] == pytest.approx([0.3, 0.1])
     assert rows(built, "SELECT reason FROM texts WHERE text = 'gone'") == [{"reason": "http.not_found"}]
+
+
+MIXED = [
+    Pair(0, 0, "IMG_1.jpg", ("a circle",), captions=(("a red circle", None), (None, "caption.empty")),
+         choice=("text.boilerplate", 1, 0, "caption.empty")),
+    Pair(1, 0, "a square", captions=(("two squares", None),), choice=(0, 1), reason="duplicate.semantic"),
+    Pair(2, 1, "x", captions=(("y", None),), choice=("itm.below_threshold", "clip.x"), reason="text.none_kept"),
+    Pair(3, 1, "gone", format=None, reason="http.not_found"),
+]  # fmt: skip
+TEXTS_SQL = (
+    "SELECT ordinal, text, source, itm_score, kept, rank, reason, detail FROM texts WHERE uid = '{}' ORDER BY ordinal"
+)
+
+
+def told(built, pair):
+    return [tuple(row.values()) for row in rows(built, TEXTS_SQL.format(pair.uid))]
+
+
+def test_texts_say_what_was_chosen_and_why_not_the_others(tmp_path):
+    built = build(str(tmp_path), MIXED)
+    assert told(built, MIXED[0]) == [
+        (0, "IMG_1.jpg", "web", 0.25, False, None, "text.boilerplate", "said"),
+        (1, "a circle", "human", 0.25, True, 1, None, None),
+        (2, "a red circle", "blip", 0.75, True, 0, None, None),
+        (3, None, "blip", None, False, None, "caption.empty", "said"),
+    ]
+    # a dropped pair: its reason, unless the text has one of its own
+    assert [(t[4], t[5], t[6]) for t in told(built, MIXED[1])] == [(False, None, "duplicate.semantic")] * 2
+    assert [t[6] for t in told(built, MIXED[2])] == ["itm.below_threshold", "clip.x"]
+    assert [t[6] for t in told(built, MIXED[3])] == ["http.not_found"]
+    captions = {r["url"]: r["caption"] for r in rows(built, "SELECT url, caption FROM pairs")}
+    assert captions == {p.url: c for p, c in zip(MIXED, ["a red circle", "a square", None, "gone"], strict=True)}
+    assert rows(built, "SELECT count(*) AS n FROM texts") == [{"n": 4 + 2 + 2 + 1}]
+
+
+def test_captions_without_a_mixing_recipe_are_kept_beside_the_alt_text(tmp_path):
+    pair = Pair(0, 0, "a circle", captions=((None, "caption.empty"), ("a red circle", None)))
+    built = build(str(tmp_path), [pair, Pair(1, 0, "x", captions=(("y", None),), reason="clip.below_threshold")])
+    assert [(t[1], t[4], t[5], t[6]) for t in told(built, pair)] == [
+        ("a circle", True, 0, None),
+        (None, False, None, "caption.empty"),
+        ("a red circle", True, 2, None),
+    ]
+    assert rows(built, "SELECT DISTINCT reason FROM texts WHERE text IN ('x', 'y')") == [
+        {"reason": "clip.below_threshold"}
+    ]
+
+
+def test_a_ledger_from_before_there_was_mixing(tmp_path):
+    old = pa.schema([f for f in fields.LEDGER if not f.name.startswith("text_")])
+    built, new = build(str(tmp_path / "old"), PAIRS, ledger=old), build(str(tmp_path / "new"), PAIRS)
+    for view in ("pairs", "texts"):
+        sql = f"FROM {view} ORDER BY ALL"
+        assert query(built.snapshot, sql).equals(query(new.snapshot, sql))
+    assert rows(built, "SELECT caption FROM pairs WHERE caption IS DISTINCT FROM text") == []
 
 
 def test_images_has_the_stored_images(built):

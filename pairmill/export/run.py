@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pairmill.report.progress import Reporter
     from pairmill.store import Snapshot
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same snapshot gives other files."""
 
 WriteGroup = Callable[[Selection, Group, Folder], tuple[int, list[Written]]]

@@ -38,6 +38,7 @@ _FIRST = (
     "original_height",
     "sha256",
     "clip_score",
+    "itm_score",
     "texts",
     "boxes",
 )
@@ -121,16 +122,17 @@ class Selection:
 
     def metadata(self, group: Group) -> pa.Table:
         """The selected pairs of a group with all that is known of them, by shard and uid: one row a sample, ``key``
-        first, and ``shard``."""
+        first, and ``shard``. ``caption`` is the text of rank 0, ``texts`` the kept texts by rank."""
         here = f"shard BETWEEN {group.first} AND {group.last}"
         table = select(
             self._connection,
-            f"""SELECT p.* EXCLUDE (text, status, reason, detail, duplicate_of), p.text AS caption,
-                'success' AS status, NULL::VARCHAR AS error_message, t.texts, b.boxes
+            f"""SELECT p.* EXCLUDE (text, status, reason, detail, duplicate_of), 'success' AS status,
+                NULL::VARCHAR AS error_message, t.texts, b.boxes
                 FROM (FROM pairs WHERE {here}) p
                 SEMI JOIN (FROM selected_pairs WHERE {here}) s ON p.uid = s.uid
-                LEFT JOIN (SELECT uid, list({{text: text, source: source, clip_score: clip_score}} ORDER BY ordinal)
-                  AS texts FROM texts WHERE {here} GROUP BY uid) t ON t.uid = p.uid
+                LEFT JOIN (SELECT uid, list({{text: text, source: source, clip_score: clip_score,
+                  itm_score: itm_score}} ORDER BY rank) AS texts
+                  FROM texts WHERE {here} AND kept GROUP BY uid) t ON t.uid = p.uid
                 LEFT JOIN (SELECT uid, list({{label: label, x1: x1, y1: y1, x2: x2, y2: y2, score: score,
                   source: source}} ORDER BY label, x1, y1, x2, y2) AS boxes FROM boxes WHERE {here} GROUP BY uid) b
                   ON b.uid = p.uid

@@ -8,7 +8,9 @@
     sizes.json           {"00000.tar": samples}: open_clip and others read it
     manifest.json        snapshot, condition, sha256 of each tar; written last
 
-The same snapshot gives the same bytes.
+The .txt, and ``caption`` in .json, is the pair's first text; ``texts`` in .json are all kept ones by rank, with source
+and scores, for trainers that draw one a step. Texts that are not kept are not exported. The same snapshot gives the
+same bytes.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 
 from pairmill.errors import ContractError
 from pairmill.report.table import print_table
+from pairmill.stage import KEPT
 from schemas.reasons import Status, status_of
 from schemas.snapshot import SnapshotRecord
 
@@ -29,7 +30,7 @@ def funnel_json(record: SnapshotRecord) -> dict[str, Any]:
 
 
 def print_funnel(record: SnapshotRecord, stream: TextIO) -> None:
-    """Print one line a step and one a reason, and the sum.
+    """Print one line a step and one a reason, and the sum; then, where texts were chosen, how many of each source.
 
     Raises:
         ContractError: the counts do not add up.
@@ -50,6 +51,21 @@ def print_funnel(record: SnapshotRecord, stream: TextIO) -> None:
         f"\n{record.admitted:,} admitted = {record.kept:,} kept{share} + {record.dropped:,} dropped"
         f" + {record.deferred:,} deferred\n"
     )
+    for entry in record.funnel:
+        if entry.get("texts"):
+            _print_texts(entry, stream)
+
+
+def _print_texts(entry: dict[str, Any], stream: TextIO) -> None:
+    """What a step that chose among texts did with those of the pairs that entered it: by source, kept or why not."""
+    rows: list[tuple[object, ...]] = []
+    for source, counts in sorted(entry["texts"].items(), key=lambda item: (item[0] != "web", item[0])):
+        reasons = sorted(((c, r) for r, c in counts.items() if r != KEPT), key=lambda item: (-item[0], item[1]))
+        (out, reason), *more = reasons or [(None, None)]
+        rows.append((source, sum(counts.values()), counts.get(KEPT, 0), out, reason))
+        rows.extend((None, None, None, *one) for one in more)
+    stream.write(f"\ntexts of the {entry['entered']:,} pairs that entered {entry['step']}:\n")
+    print_table(("source", "texts", "kept", "out", "reason"), rows, stream, right=("texts", "kept", "out"))
 
 
 def check_funnel(record: SnapshotRecord) -> None:
@@ -63,6 +79,12 @@ def check_funnel(record: SnapshotRecord) -> None:
                 f"snapshot {record.id}: the funnel does not add up at step {entry['step']!r}: {left} left the step "
                 f"before, {entry['entered']} entered, {sum(reasons.values())} went out, {entry['left']} were left. "
                 "This is a defect"
+            )
+        kept_texts = sum(counts.get(KEPT, 0) for counts in entry.get("texts", {}).values())
+        if "texts" in entry and kept_texts < entry["left"]:
+            raise ContractError(
+                f"snapshot {record.id}: step {entry['step']!r} left {entry['left']} pairs, but only {kept_texts} texts "
+                "to go with them. This is a defect"
             )
         found.update(reasons)
         left = entry["left"]

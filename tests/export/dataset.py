@@ -20,6 +20,8 @@ from schemas.snapshot import SnapshotRecord
 
 IMAGES_TABLE = "download-00000001"
 CLIP_TABLE = "clip-00000002"
+CAPTIONS_TABLE = "captions-00000003"
+CAPTION_SCORES_TABLE = "scores-00000004"
 
 
 def uid(url: str, text: str) -> str:
@@ -42,6 +44,10 @@ class Pair:
     score: float | None = 0.3
     reason: str | None = None
     malformed: bool = False
+    captions: tuple[tuple[str | None, str | None], ...] | None = None
+    """Text and reason of each synthetic text; null: the recipe wrote none."""
+    choice: tuple[int | str, ...] | None = None
+    """Of each text, its rank or its reason; null: no recipe chose."""
 
     @property
     def url(self) -> str:
@@ -81,7 +87,7 @@ class Built:
         return sorted((p for p in self.pairs if p.reason is None), key=lambda p: (p.shard, p.uid))
 
 
-def build(url: str, pairs: Sequence[Pair], *, clip: bool = True) -> Built:
+def build(url: str, pairs: Sequence[Pair], *, clip: bool = True, ledger: pa.Schema = fields.LEDGER) -> Built:
     """Write all tables and publish a snapshot. The next call with more pairs publishes the next one."""
     built = Built(Dataset(url), list(pairs))
     columns = dict.fromkeys([f.name for f in fields.PAIRS if f.name not in ("reason", "detail")], PAIRS_TABLE)
@@ -95,7 +101,14 @@ def build(url: str, pairs: Sequence[Pair], *, clip: bool = True) -> Built:
         schema = pa.schema([fields.UID, fields.REASON, fields.DETAIL, *mine])
         _write(built, CLIP_TABLE, schema, [_clip(p) for p in measured if p.format])
         columns |= dict.fromkeys([f.name for f in mine], CLIP_TABLE)
-    _write(built, LEDGER_TABLE, fields.LEDGER, [_ledger(p) for p in pairs], replace=True)
+    if any(p.captions is not None for p in pairs):
+        schema = pa.schema([fields.UID, fields.REASON, fields.DETAIL, fields.CAPTIONS])
+        _write(built, CAPTIONS_TABLE, schema, [_captions(p) for p in measured if p.captions is not None])
+        mine = (fields.CAPTION_CLIP_SCORES, fields.ITM_SCORES, fields.ITM_SCORE, fields.CAPTION_ITM_SCORES)
+        schema = pa.schema([fields.UID, fields.REASON, fields.DETAIL, *mine])
+        _write(built, CAPTION_SCORES_TABLE, schema, [_caption_scores(p) for p in measured if p.captions is not None])
+        columns |= {fields.CAPTIONS.name: CAPTIONS_TABLE} | dict.fromkeys([f.name for f in mine], CAPTION_SCORES_TABLE)
+    _write(built, LEDGER_TABLE, ledger, [_ledger(p) for p in pairs], replace=True)
     count = {
         status: sum(status_of(p.reason).value == status for p in pairs) for status in ("kept", "dropped", "deferred")
     }
@@ -167,6 +180,22 @@ def _clip(p: Pair) -> dict[str, Any]:
     }
 
 
+def _captions(p: Pair) -> dict[str, Any]:
+    texts = [{"text": text, "source": "blip", "reason": reason, "detail": None} for text, reason in p.captions or ()]
+    return {"uid": p.uid, "captions": texts}
+
+
+def _caption_scores(p: Pair) -> dict[str, Any]:
+    known = [text is not None for text, _ in p.captions or ()]
+    return {
+        "uid": p.uid,
+        "caption_clip_scores": [0.5 if there else None for there in known],
+        "itm_scores": [0.25] * len(p.texts()),
+        "itm_score": 0.25,
+        "caption_itm_scores": [0.75 if there else None for there in known],
+    }
+
+
 def _ledger(p: Pair) -> dict[str, Any]:
     duplicate = p.reason is not None and p.reason.startswith("duplicate")
     return {
@@ -174,4 +203,7 @@ def _ledger(p: Pair) -> dict[str, Any]:
         "status": status_of(p.reason).value,
         "reason": p.reason,
         "duplicate_of": "0" * 64 if duplicate else None,
+        "text_ranks": p.choice and [c if isinstance(c, int) else None for c in p.choice],
+        "text_reasons": p.choice and [c if isinstance(c, str) else None for c in p.choice],
+        "text_details": p.choice and ["said" if isinstance(c, str) else None for c in p.choice],
     }

@@ -88,12 +88,45 @@ def test_the_json_says_what_is_known_of_the_pair(built, exported):
     assert (row["width"], row["height"], row["original_width"], row["original_height"]) == (32, 24, 64, 48)
     assert row["sha256"] == hashlib.sha256(pair.image).hexdigest()
     assert row["clip_score"] == 0.28
-    assert row["texts"] == [{"text": pair.text, "source": "web", "clip_score": 0.28}]
+    assert row["texts"] == [{"text": pair.text, "source": "web", "clip_score": 0.28, "itm_score": None}]
     box = {"label": "thing", "x1": 1, "y1": 2, "x2": 10, "y2": 15, "score": 1, "source": "human"}
     assert row["boxes"] == [box, box]
     assert row["licence"] == "cc0" and "extra" not in row
-    assert found[PAIRS[1].uid]["texts"][1] == {"text": "ein Bild", "source": "human", "clip_score": 0.1}
+    human = {"text": "ein Bild", "source": "human", "clip_score": 0.1, "itm_score": None}
+    assert found[PAIRS[1].uid]["texts"][1] == human
     assert found[PAIRS[1].uid]["boxes"][0]["x2"] == 10 and found[PAIRS[0].uid]["boxes"] is None
+
+
+def test_a_pair_goes_out_with_the_texts_that_were_chosen_for_it(tmp_path):
+    pairs = [
+        Pair(0, 0, "IMG_1.jpg", captions=(("a red circle", None),), choice=("text.boilerplate", 0)),
+        Pair(
+            1, 0, "a blue square", captions=(("a square", None), ("the square", None)), choice=(1, "text.repeated", 0)
+        ),
+        Pair(2, 0, "a green cube", captions=((None, "caption.empty"),), choice=(0, "caption.empty")),
+        Pair(3, 0, "x", captions=(("y", None),), choice=("a", "b"), reason="text.none_kept"),
+    ]
+    built = build(str(tmp_path / "data"), pairs)
+    export_webdataset(built.snapshot, str(tmp_path / "out"))
+    found = {
+        row["url"]: (s["txt"].decode(), row)
+        for s in samples(tmp_path / "out").values()
+        if (row := json.loads(s["json"]))
+    }
+    assert set(found) == {p.url for p in pairs[:3]}
+    text, row = found[pairs[0].url]
+    assert text == row["caption"] == "a red circle" and row["itm_score"] == 0.25
+    assert row["texts"] == [{"text": "a red circle", "source": "blip", "clip_score": 0.5, "itm_score": 0.75}]
+    text, row = found[pairs[1].url]
+    assert text == row["caption"] == "the square"
+    assert [(t["text"], t["source"], t["itm_score"]) for t in row["texts"]] == [
+        ("the square", "blip", 0.75),
+        ("a blue square", "web", 0.25),
+    ]
+    assert found[pairs[2].url][0] == "a green cube" and len(found[pairs[2].url][1]["texts"]) == 1
+    export_parquet(built.snapshot, str(tmp_path / "parquet"))
+    table = pq.read_table(tmp_path / "parquet" / "00000.parquet")
+    assert sorted(table["caption"].to_pylist()) == ["a green cube", "a red circle", "the square"]
 
 
 def test_parquet_and_statistics_stand_beside_each_tar(exported):

@@ -71,6 +71,30 @@ def test_one_line_a_step_one_a_reason_and_the_sum():
     assert lines[-1] == "2,000 admitted = 1,200 kept (60.0%) + 700 dropped + 100 deferred"
 
 
+TEXTS = {"blip": {"kept": 7}, "web": {"kept": 1500, "itm.below_threshold": 40, "text.repeated": 90}}
+
+
+def mixed(texts: dict[str, dict[str, int]]) -> SnapshotRecord:
+    good = record(2000, [{}, {"text.none_kept": 600}])
+    return dataclasses.replace(good, funnel=[good.funnel[0], {**good.funnel[1], "texts": texts}])
+
+
+def test_texts_are_counted_by_source():
+    lines = shown(mixed(TEXTS))
+    assert lines[-5] == "texts of the 2,000 pairs that entered step1:"
+    assert [line.split() for line in lines[-4:]] == [
+        ["source", "texts", "kept", "out", "reason"],
+        ["web", "1,630", "1,500", "90", "text.repeated"],
+        ["40", "itm.below_threshold"],
+        ["blip", "7", "7"],
+    ]
+
+
+def test_a_kept_pair_without_a_kept_text_is_a_defect():
+    with pytest.raises(ContractError, match="1400 pairs, but only 1399 texts"):
+        check_funnel(mixed({"web": {"kept": 1399}}))
+
+
 def test_an_empty_snapshot_can_be_shown():
     assert shown(record(0, [{}]))[-1] == "0 admitted = 0 kept + 0 dropped + 0 deferred"
 
