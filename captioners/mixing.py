@@ -44,7 +44,7 @@ WEB, HUMAN = "web", "human"
 
 Score = Literal["itm", "clip"]
 
-_COMPARE: dict[Operator, Callable[[float, float], bool]] = {
+_COMPARE: dict[Operator, Callable[[Any, Any], Any]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
@@ -97,7 +97,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a score must be: ``itm >= 0.5``. `value` is compared in single precision, as scores are stored."""
+    """What a score must be: ``itm >= 0.5``. Compared in single precision, as scores are stored."""
 
     score: Score
     operator: Operator
@@ -111,7 +111,7 @@ class Cut:
         score: float | None = getattr(text, self.score)
         if score is None or math.isnan(score):
             return Rejection(self._reason, NO_SCORE)
-        if self.value is not None and _COMPARE[self.operator](score, float(np.float32(self.value))):
+        if self.value is not None and _COMPARE[self.operator](np.float32(score), np.float32(self.value)):
             return None
         wanted = f"{self.operator} {self.value:.4g}" if self.value is not None else "to be told without web texts"
         return Rejection(self._reason, f"{self.score} = {score:.4g}, not {wanted}{self._note}")
