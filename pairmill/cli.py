@@ -305,6 +305,54 @@ def train_clip(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
         typer.echo(f"  {name}: {value}")
 
 
+@train.command("captioner")
+def train_captioner(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a BLIP captioner on a dataset of ours, COCO captions or procedural scenes; interrupted, it goes on.
+
+    \b
+    Examples:
+      pairmill train captioner examples/train_captioner.yaml
+      pairmill train captioner pairmill/weights/captioner-tiny/train.yaml --set steps=200 --set out=out/quick
+    """
+    from pairmill.train.blip import train_captioner as fit
+    from pairmill.train.captioner import TrainCaptionerConfig
+
+    _train_blip(fit, TrainCaptionerConfig, config, overrides, as_json)
+
+
+@train.command("filter")
+def train_filter(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train a BLIP image-text-matching filter, as `train captioner` trains a captioner.
+
+    \b
+    Examples:
+      pairmill train filter examples/train_filter.yaml
+      pairmill train filter pairmill/weights/itm-tiny/train.yaml --set steps=200 --set out=out/quick
+    """
+    from pairmill.train.blip import train_filter as fit
+    from pairmill.train.itm import TrainFilterConfig
+
+    _train_blip(fit, TrainFilterConfig, config, overrides, as_json)
+
+
+def _train_blip(fit: Any, model: Any, config: str, overrides: list[str] | None, as_json: bool) -> None:
+    from pairmill.config_file import read_config
+    from pairmill.report.progress import reporter_for
+
+    loaded = read_config(model, config, overrides or [])
+    with reporter_for(sys.stderr) as reporter:
+        report = fit(loaded, progress=_TrainingLines(reporter).tell)
+    if as_json:
+        _print_json({"out": str(report.out), "seconds": report.seconds, "metrics": dict(report.metrics)})
+        return
+    typer.echo(
+        f"trained {report.steps:,} steps in {report.seconds:,.0f} s, loss {report.first_loss:.3f} to "
+        f"{report.last_loss:.3f}: {report.out} (model, README.md, curves.png, metrics.json)"
+    )
+    for name, value in report.metrics["evaluation"].items():
+        typer.echo(f"  held out: {name} {value:.4f}")
+
+
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: Python, packages, Ray, GPU, memory, limits, the shipped model. Says what to do.

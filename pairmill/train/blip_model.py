@@ -122,7 +122,7 @@ def _tokenizer(scratch: Scratch) -> Any:
             raise ConfigError(f"scratch.tokenizer: there is no folder {scratch.tokenizer}; name one, or procedural")
         return _with_blip_tokens(AutoTokenizer.from_pretrained(scratch.tokenizer))
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder), _LONGEST_TEXT)
+        write_tokenizer(Path(folder), _LONGEST_TEXT, joins_words=True)
         return AutoTokenizer.from_pretrained(folder)
 
 
@@ -211,7 +211,7 @@ def _resize_positions(model: Any, size: int) -> None:
     model.config.vision_config.image_size = size
 
 
-def save_blip(blip: Blip, out: Path, *, half: bool, prompt: str | None = None) -> None:
+def save_blip(blip: Blip, out: Path, *, half: bool) -> None:
     """Write a folder that `models:` of a run accepts, and transformers too. Weights come last, by a rename."""
     from transformers import GenerationConfig
 
@@ -251,11 +251,14 @@ def save_blip(blip: Blip, out: Path, *, half: bool, prompt: str | None = None) -
     with tempfile.TemporaryDirectory(dir=out) as folder:
         (plain.half() if half else plain).save_pretrained(folder)
         os.replace(Path(folder) / WEIGHTS_NAME, out / WEIGHTS_NAME)
-    if prompt is not None:
-        _write(out / "training.json", {"prompt": prompt})
 
 
 def _write(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

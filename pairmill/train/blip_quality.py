@@ -50,7 +50,10 @@ def measure_captioner(
     ids = tokenizer([prompt.strip()], return_tensors="pt")["input_ids"]
     torch.manual_seed(HELD_OUT_SEED)
     found: dict[str, Any] = {"scenes": scenes, "parameters": sum(p.numel() for p in model.parameters())}
-    for method, keywords in (("greedy", {"do_sample": False}), ("nucleus", {"do_sample": True, "top_p": 0.9, "top_k": 0})):
+    for method, keywords in (
+        ("greedy", {"do_sample": False}),
+        ("nucleus", {"do_sample": True, "top_p": 0.9, "top_k": 0}),
+    ):
         texts: list[str] = []
         for start in range(0, scenes, _BATCH):
             some = pictures[start : start + _BATCH]
@@ -63,7 +66,9 @@ def measure_captioner(
                     num_beams=1,
                     **keywords,
                 )
-            texts += [t.removeprefix(prompt.strip()).strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+            texts += [
+                t.removeprefix(prompt.strip()).strip() for t in tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            ]
         judged = [is_true(text, scene) for text, scene in zip(texts, drawn, strict=True)]
         found[method] = {
             "true": round(sum(bool(j) for j in judged) / scenes, 4),

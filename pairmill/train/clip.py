@@ -33,6 +33,7 @@ from torch.nn import functional
 from pairmill._torchvision import ensure_torchvision
 from pairmill.errors import ConfigError
 from pairmill.train.clip_data import Batch, Corpus, write_tokenizer
+from pairmill.train.fit import TrainProgress
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -74,18 +75,6 @@ class TrainClipConfig(BaseModel):
     checkpoint_every: int = Field(default=250, ge=1, description="steps between checkpoints")
     evaluation_scenes: int = Field(default=1000, ge=50, description="held-out scenes of the final evaluation")
     evaluation_pairs: int = Field(default=2000, ge=100, description="pairs of the held-out web of the final evaluation")
-
-
-@dataclass(frozen=True)
-class TrainProgress:
-    """One report: step of steps, the loss and its terms, steps a second, seconds left; `stage` says doing what."""
-
-    stage: str
-    step: int
-    steps: int
-    loss: float = math.nan
-    rate: float = math.nan
-    seconds_left: float = math.nan
 
 
 @dataclass(frozen=True)

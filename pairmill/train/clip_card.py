@@ -68,7 +68,7 @@ two augmented views of each picture. The config is `train.yaml` beside this file
 """
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name where the system tells it, else its architecture."""
     told = Path("/proc/cpuinfo")
     if told.exists():
@@ -88,7 +88,7 @@ def write_card(config: TrainClipConfig, metrics: Mapping[str, Any]) -> None:
     card = _CARD.format(
         **config.model_dump(exclude={"out", "work"}),
         minutes=metrics["train_seconds"] / 60,
-        hardware=_processor(),
+        hardware=processor_name(),
         parameters=metrics["parameters"],
         clip_threshold=mismatch["threshold"],
         clip_precision=mismatch["precision"],

@@ -31,14 +31,19 @@ _LEFT, _RIGHT = "left", "right"
 _JUNK_TEXTS = 2000
 
 
-def write_tokenizer(folder: Path, context_length: int) -> None:
+def write_tokenizer(folder: Path, context_length: int, *, joins_words: bool = False) -> None:
     """Write a WordPiece tokenizer (`tokenizer.json`, `tokenizer_config.json`) that transformers loads from the folder.
 
     It holds the words of the caption grammar whole, and every printable ASCII character alone and as a continuation,
     so that any ASCII text encodes without an unknown token. It lower-cases. `[CLS] text [SEP]`; `[DEC]` and `[ENC]`
     are there for a BLIP that reuses it.
+
+    Args:
+        folder: to write to.
+        context_length: longest text in tokens.
+        joins_words: token ids are to become text again, as a captioner needs it.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
@@ -48,6 +53,8 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if joins_words:
+        tokenizer.decoder = decoders.WordPiece(cleanup=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",

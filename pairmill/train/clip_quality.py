@@ -137,6 +137,7 @@ def measure_captions(clip: LoadedClip, *, scenes: int, seed: int = HELD_OUT_SEED
 
 
 def as_jpeg(scene: Scene, rng: random.Random) -> Image.Image:
+    """The picture of a scene after a JPEG round trip."""
     buffer = io.BytesIO()
     render(scene).save(buffer, "JPEG", quality=rng.randint(60, 95))
     return Image.open(buffer).convert("RGB")

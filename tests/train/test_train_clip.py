@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from pairmill.errors import ConfigError
 from pairmill.procedural.scene import COLOURS, SHAPES, sample_scene
 from pairmill.train import clip as training
-from pairmill.train.clip import TrainClipConfig, TrainProgress, train_clip
+from pairmill.train.clip import TrainClipConfig, train_clip
+from pairmill.train.fit import TrainProgress
 from pairmill.train.clip_data import Corpus, twin
 from pairmill.train.clip_quality import area_under_curve, best_threshold, load_clip, measure_captions, measure_webs
 from pairmill.weights import tiny_clip_dir
