@@ -14,6 +14,9 @@ import pyarrow as pa
 import pytest
 
 from pairmill.errors import ConfigError, DatasetLocked, StageFailed
+from pairmill.execute import TextLedger
+from pairmill.query import query
+from pairmill.report.funnel import check_funnel
 from pairmill.report.progress import Silent
 from pairmill.run import load_config, parse_config, plan, refresh
 from pairmill.store import Dataset, Snapshot, column_digests, read_files
@@ -147,6 +150,97 @@ def test_plan_says_what_would_run_and_changes_nothing(tmp_path: Path):
     assert after["words"]["rows_done"] == 200 and after["words"]["note"] == "up to date"
     relaxed = {s["step"]: s for s in plan(config(tmp_path, table, options={"words": 2}), Silent()).steps}
     assert relaxed["words"]["rows_todo"] == 0 and relaxed["chars"]["rows_todo"] == 20
+
+
+def spoken(count: int) -> list[str]:
+    """Texts that are not empty."""
+    return [t for t in texts(2 * count) if t][:count]
+
+
+MIXES = (
+    {"recipe": "capfilt"},
+    {"recipe": "capfilt", "itm": ">= 0.7"},
+    {"recipe": "capfilt", "clip": ">= 0.5", "top": 1},
+    {"recipe": "blip2"},
+    {"recipe": "laion_coco"},
+    {"recipe": "nguyen23"},
+    {"recipe": "nguyen23", "clip": ">= 0.5"},
+    {"recipe": "recap"},
+    {"recipe": "web_only"},
+    {"recipe": "synthetic_only"},
+)
+
+
+def test_another_mixing_recipe_runs_no_stage_and_publishes_another_choice(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", spoken(300))
+    first = refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe"), Silent())
+    assert set(first.computed) == {"words", "chars", "describe", "score"}
+    choices = set()
+    for number, mix in enumerate(MIXES, 1):
+        report = refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", mix=mix), Silent())
+        record = report.snapshot
+        assert (
+            record is not None and record.id == number and (number == 1 or (report.published and not report.computed))
+        )
+        check_funnel(record)
+        rows = ledger(Dataset(str(tmp_path / "dataset")).snapshot())
+        choices.add(str(rows["text_ranks"].to_pylist()))
+        # every pair that came to the mix has a rank or a reason for each of its four texts, and they are counted
+        counted = Counter[str]()
+        for row in rows.to_pylist():
+            if row["text_ranks"] is None:
+                assert row["reason"].startswith("text.")  # no text has gone past the mix
+                continue
+            for rank, reason in zip(row["text_ranks"], row["text_reasons"], strict=True):
+                assert (rank is None) != (reason is None)
+                counted[reason or "kept"] += 1
+            ranks = sorted(r for r in row["text_ranks"] if r is not None)
+            assert ranks == list(range(len(ranks)))
+            assert (row["reason"] == "text.none_kept") == (not ranks) and (ranks or row["detail"])
+        (entry,) = [e for e in record.funnel if e["step"] == "mix"]
+        assert sum(counted.values()) == 4 * entry["entered"] == 4 * 300
+        assert counted == sum(map(Counter, entry["texts"].values()), Counter())
+    assert len(choices) == len(MIXES)
+
+
+def test_the_first_mixing_recipe_comes_back_as_it_was(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", spoken(120))
+    for mix in ({}, {"recipe": "blip2"}, {}):
+        refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", mix=mix), Silent())
+    one, other = (ledger(Dataset(str(tmp_path / "dataset")).snapshot(n)) for n in (1, 3))
+    assert column_digests(one) == column_digests(other)
+
+
+def test_rules_over_texts_judge_the_alt_text_where_texts_are_mixed(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", spoken(100))
+    mix = {"recipe": "capfilt", "itm": None}
+    refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", mix=mix), Silent())
+    snapshot = Dataset(str(tmp_path / "dataset")).snapshot()
+    found = query(snapshot, "SELECT text, kept, reason FROM texts WHERE source = 'web'").to_pylist()
+    short = [row for row in found if 0 < len(row["text"].split()) < 3]
+    assert short and all(row["reason"] == "text.too_few_words" for row in short)
+    kept = query(snapshot, "SELECT text, caption FROM pairs WHERE status = 'kept'").to_pylist()
+    few = [row for row in kept if len(row["text"].split()) < 3]
+    assert few and all(row["caption"] != row["text"] for row in few)
+    assert any(row["caption"] == row["text"] for row in kept)
+
+
+def test_a_dataset_from_before_there_was_mixing_is_refreshed(tmp_path: Path, monkeypatch):
+    table = write_urls(tmp_path / "urls.parquet", spoken(100))
+    columns = [f for f in fields.LEDGER if not f.name.startswith("text_")]
+    plain = TextLedger.columns
+    with monkeypatch.context() as old:
+        old.setattr(fields, "LEDGER", pa.schema(columns))
+        old.setattr(TextLedger, "columns", lambda self: {})
+        refresh(config(tmp_path, table), Silent())
+    assert TextLedger.columns is plain
+    opened = Dataset(str(tmp_path / "dataset"))
+    before = query(opened.snapshot(), "FROM texts ORDER BY ALL")
+    assert before.num_rows == 100
+    report = refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe"), Silent())
+    assert set(report.computed) == {"describe", "score", "chars"}
+    assert query(opened.snapshot(), "SELECT count(*) AS n FROM texts WHERE source = 'blip'").to_pylist() == [{"n": 300}]
+    assert query(opened.snapshot(1), "FROM texts ORDER BY ALL").equals(before)
 
 
 def test_a_second_writer_is_refused_with_the_name_of_the_first(tmp_path: Path):
