@@ -47,7 +47,8 @@ PROMPTS = Path(__file__).parent / "prompts"
 _BACKOFF_S = 0.5
 _GIVE_UP = 16
 """Attempts in a row without an answer (429, 5xx, time-outs, broken connections) after which the rows of a call that
-were not yet tried are deferred untried: a dead endpoint would else cost each of a million rows all its retries."""
+were not yet tried are deferred untried, and after time-outs no row is tried again: a dead endpoint would else cost each
+of a million rows all its retries."""
 _MAX_BODY = 2**20
 _CHARS_A_TOKEN = 16
 """An answer may have so many characters for each token asked for; a longer one came from a server that ignores
@@ -371,15 +372,14 @@ class _Client:
             try:
                 text = await self._in_turn(row.image, request_seed(stage.seed, row.uid, number, anew), attempt == 0)
                 return _Caption(text)
-            except _Rejected as rejected:
-                await self._check_understood(rejected)
-                return _Caption(None, rejected.reason, rejected.detail)
             except _Failed as failure:
                 last = attempt == stage.retries
                 pause = failure.wait_s if failure.wait_s is not None else self._backoff(row.uid, attempt)
                 if failure.reason in DEFERRED:
                     if last or pause > stage.max_retry_wait_s:
                         raise
+                    if failure.reason is Reason.CAPTION_RATE_LIMITED or failure.wait_s is not None:
+                        self._open_from = max(self._open_from, time.monotonic() + pause)
                 else:
                     tries = unusable[failure.reason] = unusable.get(failure.reason, 0) + 1
                     if last or (failure.tries is not None and tries > failure.tries):
@@ -398,9 +398,13 @@ class _Client:
         while True:
             async with self._slots:
                 if (wait := self._open_from - time.monotonic()) <= 0:
-                    if first:
+                    if first or self._silence is Reason.CAPTION_TIMEOUT:
                         self._check_alive()
-                    return await self._attempt(image, seed)
+                    try:
+                        return await self._attempt(image, seed)
+                    except _Rejected as rejected:
+                        await self._check_understood(rejected)
+                        raise
             await asyncio.sleep(wait)
 
     def _check_alive(self) -> None:
@@ -427,8 +431,6 @@ class _Client:
                 self._silence = failure.reason
             else:
                 self._unanswered = 0
-            if failure.wait_s is not None and failure.wait_s <= self._stage.max_retry_wait_s:
-                self._open_from = max(self._open_from, time.monotonic() + failure.wait_s)
             raise
         self._unanswered = 0
         return text
@@ -560,7 +562,8 @@ class _Client:
         return _Failed(Reason.CAPTION_MALFORMED, f"{detail} is no answer to this request")
 
     async def _check_understood(self, rejected: _Rejected) -> None:
-        """Find out whether a rejected request was wrong because of its image: a plain picture is sent, once.
+        """Find out whether a rejected request was wrong because of its image: a plain picture is sent, once, in the
+        slot of that request.
 
         Raises:
             ConfigError: that is rejected too, so the config is wrong.
@@ -569,7 +572,7 @@ class _Client:
             if self._understood:
                 return
             try:
-                await self._in_turn(_probe_url(), 0, False)
+                await self._attempt(_probe_url(), 0)
             except _Rejected as again:
                 raise ConfigError(
                     f"models.captioner: the endpoint {self._stage.base_url} answers {again.detail}, also to a plain "
