@@ -42,6 +42,12 @@ CPU_TOKENS = 1024
 CPU_ROWS = 8
 """Texts of a forward pass on a CPU, for the same reason."""
 
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+"""Files that hold a tokenizer's vocabulary; a tokenizer has one of them."""
+
+IMAGE_TOKEN = "<image>"
+"""BLIP-2's processor adds it to a tokenizer; it stands for image features and is never embedded."""
+
 _EXAMPLES = {
     "models.captioner": "Salesforce/blip-image-captioning-large@COMMIT",
     "models.itm": "Salesforce/blip-itm-large-coco@COMMIT",
@@ -116,10 +122,9 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         model = _weights(getattr(transformers, classes[kind]), folder, dtype, key, ref)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        second = folder / QFORMER_TOKENIZER
-        is_instruct = kind == "instructblip"
-        qformer = transformers.AutoTokenizer.from_pretrained(second, local_files_only=True) if is_instruct else None
+        tokenizer = _tokenizer(folder, model.get_input_embeddings().num_embeddings)
+        second = model.config.qformer_config.vocab_size if kind == "instructblip" else None
+        qformer = None if second is None else _tokenizer(folder / QFORMER_TOKENIZER, second)
         images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -131,6 +136,24 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
         return images(list(batch), return_tensors="pt")["pixel_values"]
 
     return Checkpoint(FAMILIES[kind], model.to(place).eval(), tokenizer, qformer, pixels, place, dtype)
+
+
+def _tokenizer(folder: Path, rows: int) -> Any:
+    """The tokenizer of a folder, for a model with so many embeddings.
+
+    Raises:
+        OSError: there is none; transformers would make one without a vocabulary.
+        ValueError: it has ids that the model does not know.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise OSError(f"{folder} has no tokenizer, none of {', '.join(VOCABULARIES)}")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    largest = max(n for token, n in tokenizer.get_vocab().items() if token != IMAGE_TOKEN)
+    if largest >= rows:
+        raise ValueError(f"the tokenizer in {folder} has ids up to {largest}, the model only {rows} embeddings")
+    return tokenizer
 
 
 def _folder(ref: ModelRef, key: str) -> Path:

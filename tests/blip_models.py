@@ -14,27 +14,8 @@ from pairmill._torchvision import ensure_torchvision
 
 SIDE = 32
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "picture",
-    "of",
-    "red",
-    "blue",
-    "green",
-    "circle",
-    "square",
-    "triangle",
-    "on",
-    "in",
-    "left",
-    "right",
-    "and",
-    "small",
-    "large",
-    "photo",
-]
+WORDS = ["a", "an", "the", "picture", "of", "red", "blue", "green", "circle", "square", "triangle", "on", "in", "left"]
+WORDS += ["right", "and", "small", "large", "photo"]
 QUERIES = 4
 
 
