@@ -63,6 +63,20 @@ def test_texts_give_equal_tables_everywhere(tmp_path: Path):
         assert digests == first, variant_name
 
 
+def test_mixed_texts_give_equal_tables_everywhere(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", [t for t in texts(330) if t])
+    found = {}
+    for variant in (VARIANTS[0], VARIANTS[3], VARIANTS[4]):
+        for mix in ({"recipe": "blip2"}, {"recipe": "nguyen23"}):
+            root = tmp_path / f"{name(variant)}-{mix['recipe']}"
+            run = config(root, table, engine=variant[0], recipe="tests.mixing_steps:recipe", mix=mix)
+            refresh(run, Silent())
+            found.setdefault(mix["recipe"], []).append(table_digests(run))
+    for first, *others in found.values():
+        assert "text_ranks" in first["ledger"]
+        assert all(digests == first for digests in others)
+
+
 @pytest.mark.timeout(600)
 def test_the_main_recipe_gives_equal_tables_everywhere(tmp_path: Path):
     """Real downloads, decoding, CLIP scores, neighbours and verdicts of the recipe clip_filter."""
