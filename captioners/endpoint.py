@@ -586,10 +586,10 @@ class _Client:
 
     def _clean(self, text: str) -> str:
         """Words of the endpoint for a message or a detail: one line, short, without the key."""
+        line = caption_text(text)  # first, since characters that are dropped could hide the key
         if self._key and len(self._key) >= _MIN_SECRET:
-            text = text.replace(self._key, "[key]")
-            text = caption_text(text).replace(self._key, "[key]")
-        return caption_text(text)[:250]
+            line = line.replace(self._key, "[key]")
+        return line[:250]
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:

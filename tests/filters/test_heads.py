@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from hypothesis import strategies as st
 from filters.heads import EmbeddingHead, load_head
 from filters.threshold import score_verdicts
 from pairmill.errors import ConfigError
+from pairmill.models import ModelRef, load_clip
 from pairmill.plan import Recipe, compile_plan
+from pairmill.procedural.scene import render, sample_scene
 from pairmill.report.progress import Silent
 from pairmill.run import parse_config, refresh
 from pairmill.stage import Batch, ErrorBudget, Kernel, Resources, Stage, apply
 from pairmill.store import Dataset, read_files
 from schemas import fields
-from schemas.config import Models, RunConfig
+from schemas.config import ModelChoice, Models, RunConfig
 from tests.steps import write_urls
 
 WIDTH = 24
@@ -303,3 +306,13 @@ def test_keep_judges_the_score_of_a_head(tmp_path: Path):
     pairs = read_files(snapshot.dataset, snapshot.files("pairs"), fields.PAIRS, ["uid", "text"]).to_pylist()
     lengths = {pair["uid"]: len(pair["text"]) for pair in pairs}
     assert {lengths[row["uid"]] for row in ledger if row["status"] == "kept"} == expected
+
+
+def test_the_head_of_the_examples_counts_objects():
+    clip = load_clip(ModelRef.of(ModelChoice(name="tiny")))
+    rng = random.Random(7)
+    scenes = [sample_scene(rng, objects=1 + i % 3) for i in range(48)]
+    vectors = clip.embed_images([render(scene) for scene in scenes], batch=32)
+    told = scores(stage(Path("examples/heads"), "objects"), vectors)
+    right = [(score or 0) >= 1.5 for score in told] == [len(scene.objects) > 1 for scene in scenes]
+    assert right and np.corrcoef(np.array(told, float), [len(s.objects) for s in scenes])[0, 1] > 0.9
