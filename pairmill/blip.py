@@ -45,7 +45,7 @@ CPU_ROWS = 8
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 """Files that hold a tokenizer's vocabulary; a tokenizer has one of them."""
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN = "<image>"  # noqa: S105
 """BLIP-2's processor adds it to a tokenizer; it stands for image features and is never embedded."""
 
 _EXAMPLES = {

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from filters.clip_score import ClipScore
+from filters.clip_score import CaptionClipScore, ClipScore
 from pairmill.models import ModelRef, load_clip
 from pairmill.stage import Batch, ErrorBudget, Kernel, apply
 from schemas import fields
@@ -118,3 +118,56 @@ def test_the_config_names_the_stage(random_clip: ModelRef) -> None:
     )
     assert ClipScore.of(models) == ClipScore(random_clip, "bf16", "cpu", 8)
     assert fields.CLIP_SCORE in ClipScore.of(models).writes
+
+
+def captioned(count: int) -> pa.Table:
+    """Rows with an image and captions, the same texts as alt texts."""
+    texts = [[TEXTS[(i + n) % 4] for n in range(i % 4)] for i in range(count)]
+    rows = pairs_table([noise(i) for i in range(count)], texts)
+    listed = [[{"text": t, "source": "blip", "reason": None, "detail": None} for t in row] for row in texts]
+    return rows.append_column("captions", pa.array(listed, fields.CAPTIONS.type))
+
+
+def test_captions_score_from_the_stored_embedding_what_texts_score_with_the_image(random_clip: ModelRef) -> None:
+    rows = captioned(30)
+    clip = ClipScore(random_clip, device="cpu", batch=16)
+    scored = run(clip, clip.open(), rows, 30)
+    stage = CaptionClipScore(random_clip, device="cpu", batch=16)
+    assert "image" not in stage.reads
+    narrow = rows.select(["uid", "captions"]).append_column("clip_image", scored["clip_image"])
+    kernel = stage.open()
+    found = run(stage, kernel, narrow, 30)
+    assert found["caption_clip_scores"].to_pylist() == scored["clip_scores"].to_pylist()
+    for size in (1, 7):
+        assert run(stage, kernel, narrow, size).equals(found)
+    order = np.random.default_rng(0).permutation(30)
+    assert run(stage, kernel, narrow.take(order), 8).equals(found.take(order).combine_chunks())
+
+
+def test_captions_that_are_null_or_have_no_embedding(random_clip: ModelRef) -> None:
+    rows = captioned(4).slice(3, 1)
+    clip = ClipScore(random_clip, device="cpu")
+    vector = run(clip, clip.open(), rows, 1)["clip_image"].to_pylist()[0]
+    entry = {"text": "photo", "source": "blip", "reason": None, "detail": None}
+    nothing = {"text": None, "source": "blip", "reason": Reason.CAPTION_EMPTY.value, "detail": None}
+    table = pa.table(
+        {
+            "uid": list("abcde"),
+            "clip_image": pa.array([vector, vector, None, vector, vector], fields.CLIP_IMAGE.type),
+            "captions": pa.array([[nothing, entry], [], [entry, entry], None, [nothing]], fields.CAPTIONS.type),
+        }
+    )
+    stage = CaptionClipScore(random_clip, device="cpu")
+    found = run(stage, stage.open(), table, 5)["caption_clip_scores"].to_pylist()
+    assert found[0][0] is None and -1 <= found[0][1] <= 1
+    assert found[1:] == [None, [None, None], None, [None]]
+
+
+def test_caption_scores_follow_the_model_of_the_config(random_clip: ModelRef) -> None:
+    models = Models.model_validate(
+        {"clip": {"path": random_clip.path}, "precision": "bf16", "device": "cpu", "batch": 8}
+    )
+    stage = CaptionClipScore.of(models)
+    assert stage == CaptionClipScore(random_clip, "bf16", "cpu", 8)
+    assert stage.fingerprint() != ClipScore.of(models).fingerprint()
+    assert CaptionClipScore.of(Models(device="cuda")).resources.gpus == 1
