@@ -468,11 +468,12 @@ def _broken(rows: pa.Table, rules: Sequence[Verdict]) -> list[tuple[str, str | N
 
 
 def _best(texts: Sequence[Text], against: Sequence[Rejection | None], score: Score) -> str:
-    """What was against the text that came nearest: source, reason and detail."""
+    """What was against the text that came nearest, of those that the recipe considered: source, reason and detail."""
     if not texts:
         return "no text"
-    best = _by(texts, score)[0]
-    rejection = against[best.ordinal]
-    assert rejection is not None
-    said = f"{best.source}: {rejection.reason}"
-    return f"{said}: {rejection.detail}" if rejection.detail else said
+    said = {i: r for i, r in enumerate(against) if r is not None}
+    considered = [t for t in texts if said[t.ordinal].reason != Reason.TEXT_NOT_CHOSEN.value]
+    best = _by(considered or texts, score)[0]
+    rejection = said[best.ordinal]
+    told = f"{best.source}: {rejection.reason}"
+    return f"{told}: {rejection.detail}" if rejection.detail else told

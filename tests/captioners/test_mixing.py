@@ -266,6 +266,14 @@ def test_a_pair_without_a_kept_text_is_dropped_with_what_was_against_the_best():
     }
 
 
+def test_what_was_not_considered_is_not_the_best_text():
+    pair = texts(("alt", "web", 0.10, 0.9), ("a dog", "blip", 0.28, 0.9), ("a cat", "blip", 0.9, 0.9))
+    found = judged(Mix(recipe="nguyen23", clip=">= 0.3"), rows(pair))
+    assert found.detail.to_pylist() == ["blip: clip.below_threshold: clip = 0.28, not >= 0.3"]
+    found = judged(Mix(recipe="laion_coco"), rows(pair[:1]))
+    assert found.detail.to_pylist() == ["web: text.not_chosen: laion_coco keeps synthetic texts only"]
+
+
 def test_rules_over_texts_judge_the_web_text_and_not_the_pair():
     keep = Keep(min_words=2, boilerplate=True, language=None, max_repetition=None, min_chars=None, max_chars=None)
     web = texts(("alt", "web", 0.5, 0.9), ("a dog", "blip", 0.2, 0.8))
