@@ -335,6 +335,34 @@ def train_filter(config: Config, overrides: Overrides = None, as_json: AsJson = 
     _train_blip(fit, TrainFilterConfig, config, overrides, as_json)
 
 
+@train.command("loop")
+def train_loop(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """CapFilt's whole loop: train both on a curated set, mend a noisy set with them, train again on the result.
+
+    \b
+    Examples:
+      pairmill train loop examples/capfilt_loop.yaml
+    """
+    from dataclasses import asdict
+
+    from pairmill.config_file import read_config
+    from pairmill.loop import LoopConfig, run_loop
+    from pairmill.report.progress import reporter_for
+
+    loaded = read_config(LoopConfig, config, overrides or [])
+    with reporter_for(sys.stderr) as reporter:
+        report = run_loop(loaded, reporter, _TrainingLines(reporter).tell)
+    if as_json:
+        steps = {name: None if part is None else asdict(part) for name, part in vars(report).items() if name != "run"}
+        _print_json({**steps, "run": _run_json(report.run)})
+        return
+    _print_run(str(loaded.out / "dataset"), report.run)
+    for name in ("captioner", "filter", "again"):
+        part = getattr(report, name)
+        told = "was there already" if part is None else f"{part.steps:,} steps, {part.seconds:,.0f} s: {part.out}"
+        typer.echo(f"{name}: {told}")
+
+
 def _train_blip(fit: Any, model: Any, config: str, overrides: list[str] | None, as_json: bool) -> None:
     from pairmill.config_file import read_config
     from pairmill.report.progress import reporter_for

@@ -185,11 +185,17 @@ class FilterTask(Task):
     def match(
         self, texts: list[str], chosen: torch.Tensor, image: torch.Tensor, pictures: torch.Tensor
     ) -> torch.Tensor:
-        """(n, 2) logits of the matching head for `texts[chosen]` with `image[pictures]`, [ENC] first."""
+        """(n, 2) logits of the matching head for `texts[chosen]` with `image[pictures]`, [ENC] first.
+
+        Keys and values of the cross-attention are computed once an image, not once a pair.
+        """
         model: Any = self.model
         tokens, mask = self.blip.tokens(texts, "[ENC]")
         hidden = model.text_encoder(
-            input_ids=tokens[chosen], attention_mask=mask[chosen], encoder_hidden_states=image[pictures]
+            input_ids=tokens[chosen],
+            attention_mask=mask[chosen],
+            encoder_hidden_states=image[:1].expand(len(pictures), -1, -1),  # says that there are some: see the cache
+            past_key_values=_keys_and_values(model.text_encoder.encoder.layer, image, pictures),
         )[0]
         return model.itm_head(hidden[:, 0]).float()
 
@@ -242,6 +248,20 @@ class FilterTask(Task):
                 )
             parts.append(logits.softmax(1)[:, 1].cpu())
         return torch.cat(parts)
+
+
+def _keys_and_values(layers: Any, image: torch.Tensor, pictures: torch.Tensor) -> Any:
+    """The cross-attention's cache for rows that attend to `image[pictures]`; gradients flow through it. As
+    `pairmill.blip.cross_attention_cache`, whose bits do not depend on the batch, but in one product a layer."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    cross = DynamicCache()
+    for number, layer in enumerate(layers):
+        attention = layer.crossattention.self
+        shape = (*image.shape[:2], -1, attention.attention_head_size)
+        keys, values = (project(image).view(shape).transpose(1, 2) for project in (attention.key, attention.value))
+        cross.update(keys[pictures], values[pictures], number)
+    return EncoderDecoderCache(DynamicCache(), cross)
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,7 +68,17 @@ class DatasetData(Section):
     where: str | None = Field(None, description="SQL condition over the view pairs")
 
 
-TrainData = Annotated[ProceduralData | CocoData | DatasetData, Field(discriminator="kind")]
+SingleData = Annotated[ProceduralData | CocoData | DatasetData, Field(discriminator="kind")]
+
+
+class SeveralData(Section):
+    """Several sources together; an epoch sees each image of each of them once."""
+
+    kind: Literal["several"] = "several"
+    parts: tuple[SingleData, ...] = Field(min_length=1)
+
+
+TrainData = Annotated[ProceduralData | CocoData | DatasetData | SeveralData, Field(discriminator="kind")]
 
 
 class Augment(Section):
@@ -141,6 +151,8 @@ def open_samples(data: TrainData, side: int, progress: Progress | None = None) -
     Raises:
         ConfigError: a path is wrong, or there is nothing to train on.
     """
+    if isinstance(data, SeveralData):
+        return SeveralSamples([open_samples(part, side, progress) for part in data.parts])
     if isinstance(data, ProceduralData):
         return ProceduralSamples(data, side, progress)
     rows = _coco_rows(data) if isinstance(data, CocoData) else _dataset_rows(data)
@@ -245,6 +257,34 @@ def _dataset_rows(data: DatasetData) -> list[PictureRow]:
                     # the bytes are copied once, so that no table of a shard is held for them
                     rows.append(PictureRow(image.to_pybytes, texts, identity))
     return rows
+
+
+class SeveralSamples(Samples):
+    """Sources one after the other. Identities of different sources are different."""
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        offsets = np.cumsum([0, *(int(part.ids.max()) + 1 for part in parts)])
+        self._offsets = offsets
+        self.ids = np.concatenate([part.ids + offset for part, offset in zip(parts, offsets, strict=False)])
+
+    def draw(self, rows: NDArray[np.int64], rng: np.random.Generator, side: int, augment: Augment | None) -> TrainBatch:
+        """Some rows, those of one source next to each other."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        batches = []
+        for place, part in enumerate(self._parts):
+            chosen = rows[owner == place]
+            if len(chosen):
+                batch = part.draw(chosen - self._starts[place], rng, side, augment)
+                batches.append(replace(batch, ids=batch.ids + int(self._offsets[place])))
+        return TrainBatch(
+            torch.cat([b.pixels for b in batches]),
+            [text for b in batches for text in b.texts],
+            [text for b in batches for text in b.negatives],
+            torch.cat([b.ids for b in batches]),
+            torch.block_diag(*(b.fits for b in batches)).bool(),
+        )
 
 
 # -- procedural scenes ------------------------------------------------------------------------------------------------
