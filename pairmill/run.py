@@ -31,7 +31,7 @@ from pairmill.report.progress import Reporter
 from pairmill.stage import ErrorBudget, GlobalStage
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, read_files
 from schemas import fields
-from schemas.config import RunConfig
+from schemas.config import RunConfig, Section
 from schemas.reasons import DEFERRED_VALUES, Status, status_of
 from schemas.snapshot import SnapshotRecord
 
@@ -460,8 +460,9 @@ def _models(plan: Plan) -> dict[str, str]:
     found = {}
     for planned in plan.steps:
         for f in dataclasses.fields(planned.step):  # type: ignore[arg-type]
-            identity = getattr(getattr(planned.step, f.name), "identity", None)
-            if callable(identity):
+            value = getattr(planned.step, f.name)
+            identity = getattr(value, "identity", None)
+            if callable(identity) and not isinstance(value, Section):  # a part of the config is no model
                 found[f"{planned.name}.{f.name}"] = str(identity())
     return found
 

@@ -121,6 +121,9 @@ def test_changing_recipe_and_thresholds_runs_no_model(folder_run: Any, tmp_path:
     run, dataset = folder_run
     first = run()
     assert first.computed["captions"] == first.computed["itm"] == 24
+    assert first.snapshot is not None
+    revisions = first.snapshot.models
+    assert set(revisions) == {"clip.model", "captions.model", "caption_clip.model", "itm.model"}
     choices = set()
     for mix in (
         {"recipe": "blip2"},
