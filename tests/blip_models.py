@@ -27,20 +27,41 @@ def library() -> Any:
     return transformers
 
 
-def write_blip(folder: Path, kind: str, seed: int = 0, *, special: bool = True, **sizes: Any) -> Path:
-    """A BLIP captioner (`kind` captioner) or filter (`kind` itm). Without `special`, the tokenizer lacks [DEC] and
-    [ENC] although the model has rows for them, as in the checkpoints of Salesforce.
+_REAL = {
+    "special": False,
+    "words": 30522,
+    "vision_image_size": 384,
+    "vision_patch_size": 16,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+REAL = {
+    size: _REAL | {f"vision_{name}": value for name, value in vision.items()}
+    for size, vision in (("base", _BASE), ("large", _LARGE))
+}
+"""Keywords of `write_blip` for the sizes of Salesforce/blip-image-captioning-base and -large, and of blip-itm-*."""
+
+
+def write_blip(folder: Path, kind: str, seed: int = 0, *, special: bool = True, words: int = 0, **sizes: Any) -> Path:
+    """A BLIP captioner (`kind` captioner) or filter (`kind` itm).
 
     Args:
-        sizes: of both towers, to have the real ones: hidden_size, intermediate_size, num_hidden_layers,
+        special: false: the tokenizer lacks [DEC] and [ENC] although the model has rows for them, as in the checkpoints
+            of Salesforce.
+        words: invented words fill the vocabulary up to so many.
+        sizes: of both towers, other than the small ones: hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, vocab_size, image_size, patch_size (vision: vision_hidden_size ...).
     """
     transformers = library()
-    tokens = bert_tokenizer(folder, special)
-    count = len(SPECIAL) + len(tokens) if special else len(tokens) + 2
+    tokens = bert_tokenizer(folder, special, words)
     begin = tokens["[DEC]"] if special else len(tokens)
     text = {
-        "vocab_size": len(tokens) if special else count,
+        "vocab_size": len(tokens) if special else len(tokens) + 2,
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -191,18 +212,20 @@ def image_processor(folder: Path, side: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(config))
 
 
-def bert_vocabulary(special: bool = True) -> dict[str, int]:
+def bert_vocabulary(special: bool = True, words: int = 0) -> dict[str, int]:
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     tokens = [*(SPECIAL if special else SPECIAL[:5]), *letters, *("##" + letter for letter in letters)]
-    return {token: place for place, token in enumerate([*tokens, *(w for w in WORDS if len(w) > 1)])}
+    tokens += [word for word in WORDS if len(word) > 1]
+    tokens += [f"word{n}" for n in range(words - len(tokens))]
+    return {token: place for place, token in enumerate(tokens)}
 
 
-def bert_tokenizer(folder: Path, special: bool = True) -> dict[str, int]:
+def bert_tokenizer(folder: Path, special: bool = True, words: int = 0) -> dict[str, int]:
     """A WordPiece tokenizer, with [DEC] and [ENC] or as Salesforce's checkpoints have it."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = bert_vocabulary(special)
+    vocabulary = bert_vocabulary(special, words)
     tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
