@@ -20,6 +20,7 @@ from pairmill.errors import ConfigError, PairmillError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pairmill.demo_examples import Example
     from pairmill.run import RunReport
     from schemas.snapshot import SnapshotRecord
 
@@ -434,7 +435,7 @@ def demo(
         _print_json({"out": str(report.out), "run": _run_json(report.run), "metrics": asdict(report.metrics)})
         return
     _print_run(str(report.out / "dataset"), report.run)
-    _print_demo(report.out, asdict(report.metrics))
+    _print_demo(report.out, asdict(report.metrics), report.examples)
 
 
 # -- what the verbs print ---------------------------------------------------------------------------------------------
@@ -478,21 +479,33 @@ def _print_snapshot(dataset: str, record: SnapshotRecord) -> None:
         typer.echo("Deferred pairs are tried again by `pairmill run CONFIG.yaml --retry-deferred`.")
 
 
-def _print_demo(out: Path, metrics: Mapping[str, Any]) -> None:
-    texts = f"{metrics['true_texts_in']:.1%} of what came in, {metrics['true_texts_kept']:.1%} of what is kept"
+def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example]) -> None:
+    from pairmill.demo_examples import example_lines
+
+    captions = metrics["captions"]
     lines = {
-        "true texts": texts,
+        "true texts": f"{metrics['true_texts_in']:.1%} of what came in, {metrics['true_texts_kept']:.1%} of the "
+        f"{metrics['texts_kept']:,} texts that are kept",
         "false texts caught": "precision {precision:.3f}, recall {recall:.3f}".format(**metrics["mismatched"]),
+        "captions": f"{captions['true_written']:.1%} of {captions['written']:,} written are true, "
+        f"{captions['true_kept']:.1%} of {captions['kept']:,} after the filter",
+        "images rescued": f"{captions['rescued']:.1%} of {captions['images_with_false_text']:,} with a false alt text "
+        "have a true caption now",
         "duplicates caught": "precision {precision:.3f}, recall {recall:.3f}".format(**metrics["duplicates"]),
         "broken pictures kept": f"{metrics['broken_kept']:,}",
         "exported": f"{metrics['exported']:,} samples",
     }
-    typer.echo("\nAgainst the truth that the web knows:")
+    typer.echo("\nTexts of some images, before and after:\n")
+    typer.echo("\n".join(_shown(line) for line in example_lines(examples)))
+    typer.echo("Against the truth that the web knows:")
     for name, text in lines.items():
         typer.echo(f"  {name:22}{text}")
-    typer.echo(f"\n{out}/ holds dataset/, export/, urls.parquet, truth.parquet, config.yaml and metrics.json. Next:")
+    typer.echo(
+        f"\n{out}/ holds dataset/, export/, examples.png, urls.parquet, truth.parquet, config.yaml and metrics.json."
+        " Next:"
+    )
     typer.echo(f"  pairmill status {out}/dataset")
-    typer.echo(f'  pairmill sql {out}/dataset "SELECT status, reason, count(*) FROM pairs GROUP BY ALL"')  # noqa: S608 (shown, not run)
+    typer.echo(f'  pairmill sql {out}/dataset "SELECT source, kept, reason, count(*) FROM texts GROUP BY ALL"')  # noqa: S608 (shown, not run)
 
 
 class _TrainingLines:

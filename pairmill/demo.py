@@ -16,14 +16,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from pairmill.demo_examples import Example, choose_examples, draw_examples
 from pairmill.errors import ConfigError
 from pairmill.export.webdataset import export_webdataset
+from pairmill.procedural.captions import is_true
+from pairmill.procedural.scene import Scene
 from pairmill.procedural.web import Kind, ProceduralWeb
 from pairmill.query import query
 from pairmill.report.progress import Reporter
 from pairmill.run import RunReport, load_config, refresh
-from pairmill.store import Dataset
+from pairmill.store import Dataset, Snapshot
 from pairmill.weights import tiny_clip_dir
+
+EXAMPLES = 8
+"""Images that are shown with their texts before and after."""
 
 BROKEN_KINDS = frozenset(kind.value for kind in Kind if not kind.has_picture)
 """Rows behind which there is no usable picture: none of them may be kept."""
@@ -49,6 +55,22 @@ class Score:
 
 
 @dataclass(frozen=True)
+class CaptionScore:
+    """What CapFilt did, against the ground truth; each share is of as many as stand beside it."""
+
+    written: int
+    true_written: float
+    """Share of true captions among all that the captioner wrote."""
+    kept: int
+    true_kept: float
+    """Share of true captions among those that the filter let pass."""
+    images_with_false_text: int
+    """Images that came to be captioned and whose alt text is false."""
+    rescued: float
+    """Share of those that have a true caption among their kept texts."""
+
+
+@dataclass(frozen=True)
 class DemoMetrics:
     """How the demo's run compares with the ground truth."""
 
@@ -58,13 +80,15 @@ class DemoMetrics:
     adds_up: bool
     """admitted = kept + each reason."""
     mismatched: Score
-    """False alt texts among the pairs that came to be judged by CLIP."""
+    """False alt texts among those that came to be judged by the filter."""
     duplicates: Score
     """Exact and near-duplicates among the pairs that came to be judged as duplicates."""
     true_texts_in: float
     """Share of true texts among all rows that show a picture."""
     true_texts_kept: float
-    """Share of true texts among kept pairs."""
+    """Share of true texts among the texts of kept pairs, alt texts and captions."""
+    texts_kept: int
+    captions: CaptionScore
     broken_kept: int
     """Kept pairs behind which there is no usable picture."""
     exported: int
@@ -78,6 +102,8 @@ class DemoReport:
     run: RunReport
     metrics: DemoMetrics
     out: Path
+    examples: list[Example]
+    """Some images with their texts before and after; `examples.png` shows them."""
 
 
 def run_demo(
@@ -106,15 +132,30 @@ def run_demo(
     if report.published and (out / "export").exists():
         shutil.rmtree(out / "export")  # that of an older snapshot; an export is never overwritten on its own
     exported = export_webdataset(snapshot, str(out / "export"))
-    metrics = measure(query(snapshot, PAIRS_SQL).to_pylist(), out / "truth.parquet", exported.samples, report.seconds)
+    pairs_, texts = (query(snapshot, sql).to_pylist() for sql in (PAIRS_SQL, TEXTS_SQL))
+    metrics = measure(pairs_, texts, out / "truth.parquet", exported.samples, report.seconds)
     (out / "metrics.json").write_text(json.dumps(asdict(metrics), indent=2) + "\n", encoding="utf-8")
-    return DemoReport(report, metrics, out)
+    examples = choose_examples(texts, EXAMPLES)
+    draw_examples(examples, _images(snapshot, [example.uid for example in examples]), out / "examples.png")
+    return DemoReport(report, metrics, out, examples)
 
 
 PAIRS_SQL = """
     SELECT pairs.url, pairs.text, pairs.status, pairs.reason, senior.url AS duplicate_of_url
     FROM pairs LEFT JOIN pairs AS senior ON pairs.duplicate_of = senior.uid
 """
+TEXTS_SQL = """
+    SELECT texts.uid, pairs.url, pairs.text AS alt_text, pairs.status, texts.ordinal, texts.text, texts.source,
+        texts.kept, texts.rank, texts.reason, texts.clip_score, texts.itm_score
+    FROM texts JOIN pairs ON pairs.uid = texts.uid ORDER BY texts.uid, texts.ordinal
+"""
+
+
+def _images(snapshot: Snapshot, uids: list[str]) -> dict[str, bytes]:
+    """Stored image files by uid."""
+    wanted = ", ".join(f"'{uid}'" for uid in uids)
+    rows = query(snapshot, f"SELECT uid, image FROM images WHERE uid IN ({wanted})") if uids else None  # noqa: S608
+    return {} if rows is None else {row["uid"]: row["image"] for row in rows.to_pylist()}
 
 
 def _web(pairs: int, seed: int, out: Path) -> ProceduralWeb:
@@ -144,44 +185,94 @@ def demo_config(out: Path, engine: str) -> dict[str, Any]:
     tuned = json.loads((tiny_clip_dir() / "metrics.json").read_text(encoding="utf-8"))
     return {
         "dataset": str(out / "dataset"),
-        "recipe": "clip_filter",
+        "recipe": "capfilt",
         "source": [{"kind": "url_table", "path": str(out / "urls.parquet")}],
         "shard_size": 200,
         "download": {"per_host": 64, "timeout_s": 3, "retries": 1, "allow_private_addresses": True},
-        "models": {"clip": "tiny"},
-        "keep": {"clip_score": f">= {tuned['mismatch']['threshold']}"},
+        "models": {"clip": "tiny", "captioner": "tiny", "itm": "tiny"},
+        "caption": {"count": 2, "max_length": 40},
+        "mix": {"recipe": "capfilt", "itm": ">= 0.5"},
         "dedup": {"semantic": tuned["dedup"]["threshold"], "max_colour_distance": 0.07, "floor": 0.9},
         "engine": {"kind": engine},
     }
 
 
-def measure(pairs: list[dict[str, Any]], truth_path: Path, exported: int, seconds: float) -> DemoMetrics:
-    """Compare the pairs of a snapshot (url, text, status, reason, duplicate_of_url) with the ground truth."""
+def measure(
+    pairs: list[dict[str, Any]], texts: list[dict[str, Any]], truth_path: Path, exported: int, seconds: float
+) -> DemoMetrics:
+    """Compare a snapshot with the ground truth: its pairs as `PAIRS_SQL` gives them, its texts as `TEXTS_SQL` does."""
     truth = {(row["url"], row["text"]): row for row in pq.read_table(truth_path).to_pylist()}
     picture = {row["url"]: row["duplicate_of_url"] or row["url"] for row in truth.values()}
     rows = [{**pair, "truth": truth[pair["url"], pair["text"]]} for pair in pairs]
     reasons = Counter(r["reason"] for r in rows if r["reason"])
     kept = [r for r in rows if r["status"] == "kept"]
     shown = [r for r in rows if r["truth"]["text_is_true"] is not None]
+    judged = _judged_texts(texts, truth)
+    kept_texts = [t for t in judged if t["kept"]]
     return DemoMetrics(
         pairs=len(rows),
         kept=len(kept),
         reasons=dict(sorted(reasons.items())),
         adds_up=len(rows) == len(truth) == len(kept) + sum(reasons.values()),
-        mismatched=_mismatched(rows),
+        mismatched=_mismatched(judged),
         duplicates=_duplicates(rows, picture),
         true_texts_in=round(sum(r["truth"]["text_is_true"] for r in shown) / max(1, len(shown)), 4),
-        true_texts_kept=round(sum(bool(r["truth"]["text_is_true"]) for r in kept) / max(1, len(kept)), 4),
+        true_texts_kept=_share_true(kept_texts),
+        texts_kept=len(kept_texts),
+        captions=_captions(judged),
         broken_kept=sum(r["truth"]["kind"] in BROKEN_KINDS for r in kept),
         exported=exported,
         seconds=seconds,
     )
 
 
-def _mismatched(rows: list[dict[str, Any]]) -> Score:
-    judged = [r for r in rows if r["reason"] is None or r["reason"].startswith(("clip.", "duplicate."))]
-    counts = Counter((not r["truth"]["text_is_true"], (r["reason"] or "").startswith("clip.")) for r in judged)
+def _judged_texts(texts: list[dict[str, Any]], truth: dict[Any, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The texts of pairs that came to be captioned, each with `true` (what the oracle says) and `passed` (what the
+    mixing recipe says; the pair may still be dropped afterwards, as a duplicate)."""
+    captioned = {text["uid"] for text in texts if text["source"] != "web"}
+    found = []
+    for text in texts:
+        if text["uid"] not in captioned:
+            continue
+        known = truth[text["url"], text["alt_text"]]
+        if text["source"] == "web":
+            true = bool(known["text_is_true"])
+        else:
+            scene = known["scene"] and Scene.from_json(known["scene"])
+            true = bool(scene and text["text"] and is_true(text["text"], scene))
+        passed = text["kept"] or (text["reason"] or "").startswith("duplicate.")
+        found.append({**text, "true": true, "passed": passed})
+    return found
+
+
+def _share_true(texts: list[dict[str, Any]]) -> float:
+    return round(sum(text["true"] for text in texts) / max(1, len(texts)), 4)
+
+
+def _mismatched(texts: list[dict[str, Any]]) -> Score:
+    """False alt texts that the filter caught, of those that no rule over texts caught before."""
+    asked = [t for t in texts if t["source"] == "web" and (t["passed"] or _by_filter(t))]
+    counts = Counter((not text["true"], _by_filter(text)) for text in asked)
     return Score.of(counts[True, True], counts[False, True], counts[True, False])
+
+
+def _by_filter(text: dict[str, Any]) -> bool:
+    return (text["reason"] or "").startswith(("itm.", "clip."))
+
+
+def _captions(texts: list[dict[str, Any]]) -> CaptionScore:
+    written = [t for t in texts if t["source"] != "web" and t["text"]]
+    passed = [t for t in written if t["passed"]]
+    false_alt = {t["uid"] for t in texts if t["source"] == "web" and not t["true"]}
+    rescued = false_alt & {t["uid"] for t in passed if t["true"]}
+    return CaptionScore(
+        written=len(written),
+        true_written=_share_true(written),
+        kept=len(passed),
+        true_kept=_share_true(passed),
+        images_with_false_text=len(false_alt),
+        rescued=round(len(rescued) / max(1, len(false_alt)), 4),
+    )
 
 
 def _duplicates(rows: list[dict[str, Any]], picture: dict[str, str]) -> Score:
