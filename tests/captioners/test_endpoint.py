@@ -350,6 +350,15 @@ def test_a_refusal_concerns_one_caption(answer: Answer):
     assert requests - ("decode" in str(row["captions"][0]["detail"])) <= 1  # one more to find out whose fault it is
 
 
+def test_an_endpoint_that_has_answered_is_not_asked_whose_fault_a_rejection_is():
+    images = [jpeg(0), jpeg(1)]
+    answers = InTurn({images[0]: [good("A square.")], images[1]: [error(400, "cannot decode this image")]})
+    with EndpointServer(answers) as server:
+        rows = run(EndpointCaptions.of(settings(server.base_url, concurrency=1)), list(images))
+    assert (texts(rows[0]), only(rows[1])) == (["A square."], (None, "caption.refused"))
+    assert [asked.image for asked in server.requests] == images
+
+
 def test_good_and_refused_captions_of_one_picture():
     refused = request_seed(0, "0000", 1)
 

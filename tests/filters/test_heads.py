@@ -171,11 +171,11 @@ def test_no_embedding_has_no_score_and_extremes_are_finite(tmp_path: Path):
 
     path = save(tmp_path / "h.safetensors", {"weight": torch.full((2, WIDTH), 1e4), "bias": torch.tensor([-1e5, 1e5])})
     nan, one = [math.nan] * WIDTH, [1.0] * WIDTH
-    rows = [None, nan, one, [-v for v in one], [1.0] * (WIDTH - 1) + [None]]
+    rows = [None, nan, one, [-v for v in one], [1.0] * (WIDTH - 1) + [None], [math.inf] * WIDTH]
     for activation, output, expected in (
-        ("sigmoid", 0, [None, None, 1.0, 0.0, None]),
-        ("softmax", 1, [None, None, 1.0, 1.0, None]),
-        ("none", 1, [None, None, 340000.0, -140000.0, None]),
+        ("sigmoid", 0, [None, None, 1.0, 0.0, None, None]),
+        ("softmax", 1, [None, None, 1.0, 1.0, None, None]),
+        ("none", 1, [None, None, 340000.0, -140000.0, None, None]),
     ):
         found = scores(stage(path, activation=activation, output=output), rows)
         assert found == pytest.approx(expected), activation
