@@ -37,10 +37,11 @@ MOVING_REVISIONS = ("main", "master", "HEAD")
 """Names of a branch's tip: no pins."""
 
 CPU_TOKENS = 1024
-"""Image tokens of a forward pass on a CPU. A bigger pass is no faster a token there, and pads more."""
+"""Image tokens of a forward pass on a CPU. A bigger pass is no faster there, and pads more: BLIP-base at 384 pixels
+took 1.17 CPU seconds an image in passes of one and 1.43 in passes of four."""
 
 CPU_ROWS = 8
-"""Texts of a forward pass on a CPU, for the same reason."""
+"""Texts of a forward pass on a CPU, at most."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 """Files that hold a tokenizer's vocabulary; a tokenizer has one of them."""
@@ -260,7 +261,8 @@ def cross_attention_cache(layers: Sequence[Any], states: Sequence[torch.Tensor],
         rows: for each row of the pass, which of `states` it attends to.
 
     Returns:
-        A `transformers.EncoderDecoderCache` of ``len(rows)`` rows whose self-attention part is empty.
+        A `transformers.EncoderDecoderCache` of ``len(rows)`` rows, contiguous whatever they are, whose self-attention
+        part is empty.
     """
     import torch
     from transformers import DynamicCache, EncoderDecoderCache
@@ -273,7 +275,7 @@ def cross_attention_cache(layers: Sequence[Any], states: Sequence[torch.Tensor],
 
         def split(project: Any, width: int = attention.attention_head_size) -> torch.Tensor:
             heads = [project(states[image]).view(-1, project.out_features // width, width) for image in distinct]
-            return torch.stack(heads).transpose(1, 2)[index]
+            return torch.stack([head.transpose(0, 1) for head in heads]).index_select(0, index)
 
         cross.update(split(attention.key), split(attention.value), number)
     return EncoderDecoderCache(DynamicCache(), cross)
