@@ -358,7 +358,7 @@ def train_loop(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
         _print_json({**steps, "run": _run_json(report.run)})
         return
     _print_run(str(loaded.out / "dataset"), report.run)
-    for name in ("captioner", "filter", "again"):
+    for name in ("pretrain", "captioner", "filter", "again"):
         part = getattr(report, name)
         told = "was there already" if part is None else f"{part.steps:,} steps, {part.seconds:,.0f} s: {part.out}"
         typer.echo(f"{name}: {told}")

@@ -6,7 +6,8 @@ from the same config, so an interrupted loop goes on where it stopped:
 
 ::
 
-    OUT/captioner  OUT/filter     trained on the curated set
+    OUT/pretrained                if wanted: what the other trainings start from
+    OUT/captioner  OUT/filter     trained on the curated set, each on its own
     OUT/dataset                   the noisy set after captioning and filtering: a dataset like any other
     OUT/again                     a model trained anew on what is kept, the curated set with it
 """
@@ -32,6 +33,7 @@ from pairmill.train.itm import TrainFilterConfig
 from pairmill.train.samples import DatasetData, SeveralData, SingleData
 from schemas.config import RunConfig, Section
 
+PRETRAINED = "pretrained"
 _DONE = "loop.json"
 
 
@@ -41,6 +43,11 @@ class LoopConfig(Section):
     out: Path = Field(description="folder to write to")
     curated: SingleData = Field(description="the small curated set")
     run: dict[str, Any] = Field(description="the noisy set: keys of a run's config, but dataset and the two models")
+    pretrain: dict[str, Any] | None = Field(
+        None,
+        description="keys of `pairmill train captioner`, but out: a captioner that the trainings below start from when "
+        "they name neither model nor scratch; the paper's is trained on the noisy set as it came",
+    )
     captioner: dict[str, Any] = Field(description="keys of `pairmill train captioner`, but out and data")
     filter: dict[str, Any] = Field(description="keys of `pairmill train filter`, but out and data")
     again: dict[str, Any] = Field(description="what is trained on the result: keys as of captioner or filter")
@@ -52,6 +59,7 @@ class LoopConfig(Section):
 class LoopReport:
     """What a loop did; a step that was there already has None."""
 
+    pretrain: TrainReport | None
     captioner: TrainReport | None
     filter: TrainReport | None
     run: RunReport
@@ -69,15 +77,19 @@ def run_loop(config: LoopConfig, reporter: Reporter, progress: Report) -> LoopRe
         PairmillError: as `train_captioner`, `train_filter` and `pairmill.run.refresh`.
     """
     out = config.out
-    captioner = _trained("captioner", config.captioner, out / "captioner", config.curated, progress, reporter)
-    filter_ = _trained("filter", config.filter, out / "filter", config.curated, progress, reporter)
+    train = _Trainings(config, progress, reporter)
+    pretrained = None
+    if config.pretrain is not None:
+        pretrained = train.one("captioner", config.pretrain, out / PRETRAINED, None)
+    captioner = train.one("captioner", config.captioner, out / "captioner", config.curated)
+    filter_ = train.one("filter", config.filter, out / "filter", config.curated)
     reporter.note("captioning and filtering the noisy set")
     settings = noisy_run(config)
     run = refresh(settings, reporter)
     kept = DatasetData(path=settings.dataset, snapshot=run.snapshot.id if run.snapshot else None)
     data = SeveralData(parts=(config.curated, kept)) if config.with_curated else kept
-    again = _trained(config.again_kind, config.again, out / "again", data, progress, reporter)
-    return LoopReport(captioner, filter_, run, again)
+    again = train.one(config.again_kind, config.again, out / "again", data)
+    return LoopReport(pretrained, captioner, filter_, run, again)
 
 
 def noisy_run(config: LoopConfig) -> RunConfig:
@@ -95,20 +107,36 @@ def noisy_run(config: LoopConfig) -> RunConfig:
     return parse_config(RunConfig, data, "run")
 
 
-def _trained(
-    kind: str, keys: dict[str, Any], out: Path, data: SingleData | SeveralData, progress: Report, reporter: Reporter
-) -> TrainReport | None:
-    """Train unless the folder holds the result of the same config."""
-    model: type[FitConfig] = TrainCaptionerConfig if kind == "captioner" else TrainFilterConfig
-    given = {**keys, "out": str(out), "data": data.model_dump(mode="json")}
-    config = parse_config(model, given, out.name)
-    digest = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-    done = out / _DONE
-    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["digest"] == digest:
-        reporter.note(f"{out} is trained already")
-        return None
-    reporter.note(f"training {out}")
-    train: Callable[..., TrainReport] = train_captioner if kind == "captioner" else train_filter
-    report = train(config, progress=progress)
-    done.write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
-    return report
+@dataclass(frozen=True)
+class _Trainings:
+    """The trainings of a loop, each done once."""
+
+    config: LoopConfig
+    progress: Report
+    reporter: Reporter
+
+    def one(
+        self, kind: str, keys: dict[str, Any], out: Path, data: SingleData | SeveralData | None
+    ) -> TrainReport | None:
+        """Train unless the folder holds the result of the same config.
+
+        Raises:
+            ConfigError: a key is wrong.
+        """
+        given = {**keys, "out": str(out)}
+        if data is not None:
+            given["data"] = data.model_dump(mode="json")
+        if self.config.pretrain is not None and out.name != PRETRAINED and not {"model", "scratch"} & set(keys):
+            given["model"] = {"path": str(self.config.out / PRETRAINED)}
+        model: type[FitConfig] = TrainCaptionerConfig if kind == "captioner" else TrainFilterConfig
+        config = parse_config(model, given, out.name)
+        digest = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        done = out / _DONE
+        if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["digest"] == digest:
+            self.reporter.note(f"{out} is trained already")
+            return None
+        self.reporter.note(f"training {out}")
+        train: Callable[..., TrainReport] = train_captioner if kind == "captioner" else train_filter
+        report = train(config, progress=self.progress)
+        done.write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
+        return report

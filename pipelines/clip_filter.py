@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from filters.clip_score import ClipScore
+from filters.heads import EmbeddingHead
 from filters.image_rules import ImageStats
 from filters.text_rules import TextStats
 from filters.threshold import blank_verdicts, clip_verdicts, score_verdicts, size_verdicts, text_verdicts
@@ -27,6 +28,7 @@ def recipe(config: RunConfig) -> Recipe:
             *blank_verdicts(config.keep),
             ClipScore.of(config.models),
             *clip_verdicts(config.keep),
+            *EmbeddingHead.all_of(config.models),
             *score_verdicts(config.keep),
             *dedup_steps(config.dedup),
         ),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from captioners.text import prepare_text
 from pairmill._torchvision import ensure_torchvision
@@ -22,12 +23,18 @@ from pairmill.procedural.scene import Scene, sample_scene
 from pairmill.train.clip_quality import HELD_OUT_SEED, area_under_curve, as_jpeg
 
 _BATCH = 64
+_RETRIEVED = 500
 
 
-def held_out(scenes: int) -> tuple[list[Scene], list[Image.Image], random.Random]:
-    """Scenes of a seed that no training uses, their pictures, and the source of chance to go on with."""
+def held_out(scenes: int, objects: Sequence[int] | None = None) -> tuple[list[Scene], list[Image.Image], random.Random]:
+    """Scenes of a seed that no training uses, their pictures, and the source of chance to go on with.
+
+    Args:
+        scenes: how many.
+        objects: numbers of objects to draw from, all equally often; null: as `sample_scene` does.
+    """
     rng = random.Random(f"held-out:{HELD_OUT_SEED}")
-    drawn = [sample_scene(rng) for _ in range(scenes)]
+    drawn = [sample_scene(rng, objects=rng.choice(objects) if objects else None) for _ in range(scenes)]
     return drawn, [as_jpeg(scene, rng) for scene in drawn], rng
 
 
@@ -80,13 +87,14 @@ def measure_captioner(
     return found
 
 
-def measure_filter(folder: Path, *, scenes: int = 1000) -> dict[str, Any]:
+def measure_filter(folder: Path, *, scenes: int = 1000, objects: Sequence[int] | None = None) -> dict[str, Any]:
     """True captions of held-out scenes against false ones of every kind.
 
     Returns:
         `auc`: the chance that a true caption of some scene scores above a false caption of some scene, by kind of
         falsehood; `paired`: the share of corruptions that score below the caption they were made from; `at_half`:
-        the share of true captions whose probability is at least 0.5, and of each kind of false ones whose is below.
+        the share of true captions whose probability is at least 0.5, and of each kind of false ones whose is below;
+        `recall_at_1`: the share of pictures whose best caption by cosine, out of 500 or all, is true.
     """
     ensure_torchvision()
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForImageTextRetrieval
@@ -94,7 +102,7 @@ def measure_filter(folder: Path, *, scenes: int = 1000) -> dict[str, Any]:
     model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    drawn, pictures, rng = held_out(scenes)
+    drawn, pictures, rng = held_out(scenes, objects)
     captions = [prepare_text(as_typed(describe(scene, rng), rng)) for scene in drawn]
     with torch.inference_mode():
         parts = [
@@ -117,6 +125,15 @@ def measure_filter(folder: Path, *, scenes: int = 1000) -> dict[str, Any]:
                 scores.append(model.itm_head(hidden[:, 0]).softmax(1)[:, 1].numpy())
             return np.concatenate(scores)
 
+        some = min(scenes, _RETRIEVED)
+        encoded = tokenizer(captions[:some], padding=True, return_tensors="pt")
+        words = model.text_proj(
+            model.text_encoder(encoded["input_ids"], attention_mask=encoded["attention_mask"])[0][:, 0]
+        )
+        cosines = (
+            functional.normalize(model.vision_proj(images[:some, 0]), dim=1) @ functional.normalize(words, dim=1).T
+        )
+        found = [bool(is_true(captions[c], drawn[row])) for row, c in enumerate(cosines.argmax(1).tolist())]
         everyone = list(range(scenes))
         true = probabilities(everyone, captions)
         others = [(place + 1 + rng.randrange(scenes - 1)) % scenes for place in range(scenes)]
@@ -139,6 +156,7 @@ def measure_filter(folder: Path, *, scenes: int = 1000) -> dict[str, Any]:
         "auc": auc,
         "paired": paired,
         "at_half": at_half,
+        "recall_at_1": {"of": some, "share": _share(np.array(found))},
     }
 
 

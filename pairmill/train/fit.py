@@ -1,4 +1,4 @@
-"""The training loop that captioners and filters share: AdamW, warm-up and cosine, accumulation, checkpoints, curves.
+"""The training loop that captioners and filters share: AdamW or Muon, cosine, accumulation, checkpoints, curves.
 
 A task says what the losses of a batch are; `fit` does the rest. Everything the next step depends on is in the
 checkpoint, so a training that was interrupted ends with the weights of one that was not, bit for bit on one machine.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -28,7 +29,9 @@ from pairmill.train.samples import Augment, ProceduralData, Samples, TrainBatch,
 from schemas.config import ModelChoice, Section
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
-_RECENT = 20
+REPORT_EVERY_S = 1.0
+_HIDDEN = re.compile(r"\.layers?\.\d+\.")
+"""Names of what stands in a hidden layer of either tower."""
 
 
 class Scratch(Section):
@@ -59,7 +62,11 @@ class FitConfig(Section):
     accumulate: int = Field(1, gt=0, description="forward passes an optimizer step")
     lr: float = Field(1e-5, gt=0, description="peak; cosine to 0")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.05, ge=0, description="AdamW's, on matrices only")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: the matrices of hidden layers by Muon, all else by AdamW; for training from scratch"
+    )
+    muon_lr: float = Field(0.01, gt=0, description="peak of Muon's own learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="of matrices only")
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(1.0, gt=0, description="of gradients")
     augment: Augment = Augment()
@@ -172,7 +179,7 @@ def fit(task: Task, samples: Samples, config: FitConfig, side: int, report: Repo
         if trainer.step % config.checkpoint_every == 0:
             trainer.save(checkpoint, time.monotonic() - begun)
         now = time.monotonic()
-        if now - told >= 1 or trainer.step == steps:
+        if now - told >= REPORT_EVERY_S or trainer.step == steps:
             told = now
             rate = (trainer.step - first) / (now - begun)
             report(TrainProgress("train", trainer.step, steps, terms["loss"], rate, (steps - trainer.step) / rate))
@@ -247,35 +254,43 @@ class _Trainer:
         self.seconds_before = 0.0
         self.history: list[dict[str, float]] = []
         named = [(name, value) for name, value in task.model.named_parameters() if value.requires_grad]
-        matrices = [(name, value) for name, value in named if value.ndim >= 2]
-        others = [(name, value) for name, value in named if value.ndim < 2]
-        self.order = [name for name, _ in (*matrices, *others)]
         self.parameters = [value for _, value in named]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [value for _, value in matrices], "weight_decay": config.weight_decay},
-                {"params": [value for _, value in others], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=config.betas,
-        )
+        muon = [
+            entry for entry in named if config.optimizer == "muon" and _HIDDEN.search(entry[0]) and entry[1].ndim == 2
+        ]
+        by_muon = {name for name, _ in muon}
+        rest = [entry for entry in named if entry[0] not in by_muon]
+        matrices, others = ([entry for entry in rest if (entry[1].ndim >= 2) == wide] for wide in (True, False))
+        groups = [
+            {"params": [value for _, value in matrices], "weight_decay": config.weight_decay},
+            {"params": [value for _, value in others], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        self.optimizers: list[tuple[torch.optim.Optimizer, float, list[str]]] = [
+            (adamw, config.lr, [name for name, _ in (*matrices, *others)])
+        ]
+        if muon:
+            values = [value for _, value in muon]
+            hidden = torch.optim.Muon(values, lr=config.muon_lr, weight_decay=config.weight_decay)
+            self.optimizers.append((hidden, config.muon_lr, [name for name, _ in muon]))
 
     def rate(self) -> float:
-        """The learning rate of the coming step."""
+        """The learning rate of the coming step, as a share of its peak."""
         config = self.config
         if self.step < config.warmup:
-            return config.lr * (self.step + 1) / config.warmup
+            return (self.step + 1) / config.warmup
         done = (self.step - config.warmup) / max(1, self.steps - config.warmup)
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     def update(self, samples: Samples, side: int) -> tuple[float, dict[str, float]]:
         """One optimizer step; the learning rate, and the mean of each loss term."""
         config = self.config
         device = next(self.task.model.parameters()).device
         self.task.model.train()
-        lr = self.rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        rate = self.rate()
+        for optimizer, peak, _ in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * peak
         terms: dict[str, float] = {}
         for micro in range(config.accumulate):
             count = self.step * config.accumulate + micro
@@ -288,11 +303,12 @@ class _Trainer:
                 terms[name] = terms.get(name, 0.0) + float(value.detach()) / config.accumulate
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, _, _ in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.task.after_update(self.step)
-        return lr, terms
+        return rate * config.lr, terms
 
     def save(self, path: Path, seconds: float) -> None:
         """Write everything the next step depends on, atomically; `seconds` is the time this call took so far."""
@@ -300,9 +316,10 @@ class _Trainer:
 
         tensors = {f"model.{name}": value for name, value in _untied(self.task.model).items()}
         tensors |= {f"extra.{name}": value for name, value in self.task.extra_state().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                tensors[f"optimizer.{self.order[number]}:{key}"] = value
+        for optimizer, _, names in self.optimizers:
+            for number, state in optimizer.state_dict()["state"].items():
+                for key, value in state.items():
+                    tensors[f"optimizer.{names[number]}:{key}"] = value
         partial = path.with_name(path.name + ".partial")
         metadata = {
             "step": str(self.step),
@@ -330,11 +347,14 @@ class _Trainer:
             parts[kind][rest] = value
         self.task.model.load_state_dict(parts["model"], strict=False)
         self.task.load_extra_state(parts["extra"])
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            parameter, key = name.rsplit(":", 1)
-            state.setdefault(self.order.index(parameter), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for optimizer, _, names in self.optimizers:
+            place = {name: number for number, name in enumerate(names)}
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in parts["optimizer"].items():
+                parameter, key = name.rsplit(":", 1)
+                if parameter in place:
+                    state.setdefault(place[parameter], {})[key] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self.step = int(metadata["step"])
         self.seconds_before = float(metadata["seconds"])
         self.history = json.loads(metadata["history"])
