@@ -8,7 +8,7 @@ bin := .venv/bin
 install := $(bin)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench train-tiny-clip clean
+.PHONY: help demo test check format bench bench-capfilt train-tiny-clip train-tiny-blip clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -34,6 +34,13 @@ bench: .venv/.ready-dev ## all benchmarks: a table each, and a dated JSON in ben
 
 train-tiny-clip: .venv/.ready ## train the shipped model anew into out/clip-tiny
 	$(bin)/pairmill train clip pairmill/weights/clip-tiny/train.yaml --set out=out/clip-tiny
+
+train-tiny-blip: .venv/.ready ## train the shipped captioner and filter anew into out/, on one core each
+	$(bin)/pairmill train captioner pairmill/weights/captioner-tiny/train.yaml & captioner=$$!; \
+	$(bin)/pairmill train filter pairmill/weights/itm-tiny/train.yaml && wait $$captioner
+
+bench-capfilt: .venv/.ready-dev ## does training on what CapFilt mended beat training on what came? Three seeds
+	$(bin)/python -m benchmarks.capfilt $(ARGS)
 
 clean: ## remove the environment, caches and the demo
 	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

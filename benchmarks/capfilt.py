@@ -40,7 +40,6 @@ from pairmill.procedural.captions import as_typed, describe, is_true
 from pairmill.procedural.scene import render, sample_scene
 from pairmill.query import query
 from pairmill.report.progress import LogReporter
-from pairmill.run import refresh
 from pairmill.store import Dataset
 from pairmill.train.blip import train_filter
 from pairmill.train.blip_quality import measure_filter
@@ -52,15 +51,23 @@ CURATED_CAPTIONS = 5
 OBJECTS = (1, 2)
 SIDE = 96
 
+_TOWER = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 3, "initializer_range": 0.05}
 SCRATCH = {
-    "vision": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3,
-               "patch_size": 8, "initializer_range": 0.05},
-    "text": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 3,
-             "max_position_embeddings": 48, "initializer_range": 0.05},
+    "vision": {**_TOWER, "num_hidden_layers": 4, "patch_size": 8},
+    "text": {**_TOWER, "num_hidden_layers": 2, "max_position_embeddings": 48},
     "projection": 64,
-}  # fmt: skip
-FIT: dict[str, Any] = {"batch": 64, "betas": (0.9, 0.98), "optimizer": "muon", "precision": "bf16", "threads": 1,
-                       "holdout": 0, "augment": {"crop": 0.12}, "device": "cpu", "checkpoint_every": 100_000}  # fmt: skip
+}
+FIT: dict[str, Any] = {
+    "batch": 64,
+    "betas": (0.9, 0.98),
+    "optimizer": "muon",
+    "precision": "bf16",
+    "threads": 1,
+    "device": "cpu",
+    "holdout": 0,
+    "augment": {"crop": 0.12},
+    "checkpoint_every": 100_000,
+}
 STEPS = {"pretrain": 2000, "captioner": 300, "filter": 800, "again": 900}
 
 
@@ -102,7 +109,8 @@ def coco(folder: Path, name: str) -> dict[str, Any]:
     return {"kind": "coco", "images": str(folder / name), "captions": str(folder / f"{name}.json")}
 
 
-def loop_config(folder: Path, seed: int) -> LoopConfig:
+def loop_config(folder: Path, seed: int, scale: float) -> LoopConfig:
+    steps = {name: max(2, round(scale * count)) for name, count in STEPS.items()}
     everything = {"kind": "several", "parts": [coco(folder, "curated"), coco(folder, "noisy")]}
     from_scratch = {"scratch": SCRATCH, "image_size": 64, "lr": 2e-3, "muon_lr": 0.01, "warmup": 100}
     tuned = {"lr": 5e-4, "muon_lr": 0.003, "warmup": 30}
@@ -112,16 +120,16 @@ def loop_config(folder: Path, seed: int) -> LoopConfig:
         {
             "out": str(folder / "loop"),
             "curated": coco(folder, "curated"),
-            "pretrain": {**FIT, **from_scratch, "data": everything, "steps": STEPS["pretrain"], "seed": seed},
-            "captioner": {**FIT, **tuned, "steps": STEPS["captioner"], "seed": seed},
-            "filter": {**FIT, **filter_, "steps": STEPS["filter"], "seed": seed},
-            "again": {**FIT, **filter_, "steps": STEPS["again"], "seed": seed},
+            "pretrain": {**FIT, **from_scratch, "data": everything, "steps": steps["pretrain"], "seed": seed},
+            "captioner": {**FIT, **tuned, "steps": steps["captioner"], "seed": seed},
+            "filter": {**FIT, **filter_, "steps": steps["filter"], "seed": seed},
+            "again": {**FIT, **filter_, "steps": steps["again"], "seed": seed},
             "again_kind": "filter",
             "run": {
                 "source": [{"kind": "webdataset", "path": str(folder / "noisy.tar")}],
                 "caption": {"count": 1, "max_length": 40},
-                "mix": {"recipe": "capfilt", "itm": ">= 0.5"},
-                "keep": {"min_side": None, "language": None, "min_words": None},
+                "mix": {"recipe": "capfilt"},
+                "keep": {"min_side": None, "language": None, "min_words": None, "itm": ">= 0.5"},
                 "dedup": {"exact": False, "semantic": None},
                 "engine": {"kind": "local"},
                 "seed": seed,
@@ -130,13 +138,13 @@ def loop_config(folder: Path, seed: int) -> LoopConfig:
     )
 
 
-def one_seed(seed: int, images: int, root: str) -> dict[str, Any]:
+def one_seed(seed: int, images: int, root: str, scale: float) -> dict[str, Any]:
     """Everything for one seed, on one thread; figures of both arms, and of the mending."""
     torch.set_num_threads(1)
     folder = Path(root) / f"seed-{seed}"
     begin = time.monotonic()
     scenes = make_pool(folder, images, seed)
-    config = loop_config(folder, seed)
+    config = loop_config(folder, seed, scale)
     with (folder / "log.txt").open("a", encoding="utf-8") as stream:
         log = LogReporter(stream)
         run_loop(config, log, lambda _: None)
@@ -190,10 +198,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12_000, help="of the pool, the curated ones included")
     parser.add_argument("--out", default="out/bench-capfilt", help="working folder; finished parts are not done again")
     parser.add_argument("--workers", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps; below 1 for a quick look")
     arguments = parser.parse_args()
     begin = time.monotonic()
     with ProcessPoolExecutor(arguments.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(one_seed, seed, arguments.images, arguments.out) for seed in arguments.seeds]
+        jobs = [
+            pool.submit(one_seed, seed, arguments.images, arguments.out, arguments.scale) for seed in arguments.seeds
+        ]
         results = [job.result() for job in jobs]
     names = list(results[0]["raw"])
     print(f"{'':16}{'raw':>18}{'mended':>18}{'difference':>18}")
@@ -207,18 +218,21 @@ def main() -> None:
     for result in results:
         print(f"seed {result['seed']}: texts {result['texts']}, {result['seconds']} s")
     record = {
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "cpus": os.cpu_count(),
         "images": arguments.images,
         "curated": CURATED,
         "false_web_texts": FALSE_WEB_TEXTS,
         "steps": STEPS,
+        "scale": arguments.scale,
         "batch": FIT["batch"],
         "precision": FIT["precision"],
         "seconds": round(time.monotonic() - begin),
         "mean_and_deviation": summary,
         "seeds": results,
     }
+    if arguments.scale != 1.0:
+        return
     path = Path(__file__).parent / "results" / f"capfilt-{record['date']}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")

@@ -9,8 +9,8 @@ What holds for every recipe:
 - A text with a reason of its own (a rule of `keep` that the web text breaks, a captioner's failure) or without words
   is not kept, and not ranked.
 - A text that says the same as one that ranks before it (`same_text`) is not kept, and takes no place of ``mix.top``.
-- ``mix.clip``, where it is set, is asked of every web and synthetic text that the recipe considers; ``mix.itm`` only by
-  `capfilt`, `web_only` and `synthetic_only`, since the other methods were published without a matching filter. A text
+- ``mix.clip``, where it is set, is asked of every web and synthetic text that the recipe considers; ``keep.itm`` only
+  by `capfilt`, `web_only` and `synthetic_only`, since the other methods were published without a matching filter. A text
   without the score fails.
 - A share, such as ``top 30%``, is a share of the web texts of all live pairs; the score at which it ends is then the
   cut for every text, equal scores on the same side.
@@ -206,7 +206,7 @@ def recap(texts: Sequence[Text], limits: Limits) -> Choice:
 
 
 def web_only(texts: Sequence[Text], limits: Limits) -> Choice:
-    """The texts that came with the pair, those that pass, in their order; no synthetic text. With ``mix.itm`` this is
+    """The texts that came with the pair, those that pass, in their order; no synthetic text. With ``keep.itm`` this is
     the row "filter only" of BLIP's ablation (table 1), without it the plain web data."""
     pair = _Pair(texts)
     given = pair.passing([t for t in pair.usable if not t.synthetic], limits.itm, limits.clip)
@@ -227,7 +227,7 @@ RECIPES: dict[str, Callable[[Sequence[Text], Limits], Choice]] = {
 """The recipes by the name that ``mix.recipe`` takes. Texts are given in the order of their ordinals, 0, 1, 2 ..."""
 
 ASKS_ITM = frozenset({"capfilt", "web_only", "synthetic_only"})
-"""Recipes that ask ``mix.itm``."""
+"""Recipes that ask ``keep.itm``."""
 
 
 class _Pair:
@@ -301,20 +301,21 @@ def _by(texts: Iterable[Text], score: Score) -> list[Text]:
 # -- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def mix_step(mix: Mix, rules: Sequence[Verdict] = ()) -> Step:
+def mix_step(mix: Mix, itm: str | None = None, rules: Sequence[Verdict] = ()) -> Step:
     """The verdict that chooses among the texts of each pair, and drops pairs of which no text is kept
     (``text.none_kept``; the detail is what was against the best of the texts).
 
     Args:
         mix: The section of the config.
+        itm: The condition ``keep.itm``; null asks nothing of ITM probabilities.
         rules: Verdicts over measures of the first text, such as `filters.threshold.text_verdicts` gives. They judge
             that text, when its source is web, and not the pair: synthetic texts may take its place.
 
     Raises:
         ConfigError: a condition cannot be read.
     """
-    shared = any(isinstance(c, Share) for c in _conditions(mix).values())
-    return (MixTextsByShare if shared else MixTexts)(mix, tuple(rules))
+    shared = any(isinstance(c, Share) for c in _conditions(mix, itm).values())
+    return (MixTextsByShare if shared else MixTexts)(mix, itm, tuple(rules))
 
 
 @dataclass(frozen=True)
@@ -322,13 +323,14 @@ class _Mixing:
     """What both verdicts share. ITM scores are read only where the recipe asks for them."""
 
     mix: Mix
+    itm: str | None = None
     rules: tuple[Verdict, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
         """Texts, their scores, and what the rules read."""
         columns = [fields.TEXTS, fields.CAPTIONS, fields.CLIP_SCORES, fields.CAPTION_CLIP_SCORES]
-        if "itm" in _conditions(self.mix):
+        if "itm" in _conditions(self.mix, self.itm):
             columns += [fields.ITM_SCORES, fields.CAPTION_ITM_SCORES]
         measured = chain.from_iterable(rule.reads for rule in self.rules)
         return tuple(dict.fromkeys([*(f.name for f in columns), *measured]))
@@ -342,7 +344,7 @@ class MixTexts(_Mixing, Verdict):
 
     def judge(self, rows: pa.Table) -> Judgement:
         """Judge rows on their own."""
-        cuts = {score: _cut(score, condition, ()) for score, condition in _conditions(self.mix).items()}
+        cuts = {score: _cut(score, condition, ()) for score, condition in _conditions(self.mix, self.itm).items()}
         return _judge(rows, self.mix, self.rules, Limits(**cuts, top=self.mix.top))
 
 
@@ -357,7 +359,7 @@ class MixTextsByShare(_Mixing, GlobalVerdict):
         columns = {"itm": fields.ITM_SCORES.name, "clip": fields.CLIP_SCORES.name}
         cuts = {
             score: _cut(score, condition, _web_scores(live, columns[score]) if isinstance(condition, Share) else ())
-            for score, condition in _conditions(self.mix).items()
+            for score, condition in _conditions(self.mix, self.itm).items()
         }
         return _judge(live, self.mix, self.rules, Limits(**cuts, top=self.mix.top))
 
@@ -366,13 +368,14 @@ BLOCK = 16_384
 """Rows that are Python objects at a time."""
 
 
-def _conditions(mix: Mix) -> dict[Score, Comparison | Share]:
+def _conditions(mix: Mix, itm: str | None) -> dict[Score, Comparison | Share]:
     """What the recipe asks of scores."""
     clip = mix.clip
     if clip is None and mix.recipe == "nguyen23":
         clip = "top 30%"
-    asked: dict[Score, str | None] = {"itm": mix.itm if mix.recipe in ASKS_ITM else None, "clip": clip}
-    return {score: parse_condition(text, f"mix.{score}") for score, text in asked.items() if text is not None}
+    asked: dict[Score, str | None] = {"itm": itm if mix.recipe in ASKS_ITM else None, "clip": clip}
+    keys = {"itm": "keep.itm", "clip": "mix.clip"}
+    return {score: parse_condition(text, keys[score]) for score, text in asked.items() if text is not None}
 
 
 def _cut(score: Score, condition: Comparison | Share, web: Sequence[float]) -> Cut:

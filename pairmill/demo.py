@@ -191,7 +191,8 @@ def demo_config(out: Path, engine: str) -> dict[str, Any]:
         "download": {"per_host": 64, "timeout_s": 3, "retries": 1, "allow_private_addresses": True},
         "models": {"clip": "tiny", "captioner": "tiny", "itm": "tiny"},
         "caption": {"count": 2, "max_length": 40},
-        "mix": {"recipe": "capfilt", "itm": ">= 0.5"},
+        "mix": {"recipe": "capfilt"},
+        "keep": {"itm": ">= 0.5"},
         "dedup": {"semantic": tuned["dedup"]["threshold"], "max_colour_distance": 0.07, "floor": 0.9},
         "engine": {"kind": engine},
     }

@@ -42,7 +42,7 @@ def recipe(config: RunConfig) -> Recipe:
             CaptionClipScore.of(config.models),
             ItmScore.of(config.models, captions=True),
             *EmbeddingHead.all_of(config.models),
-            mix_step(config.mix, text_verdicts(config.keep)),
+            mix_step(config.mix, config.keep.itm, text_verdicts(config.keep)),
             *score_verdicts(config.keep),
             *dedup_steps(config.dedup),
         ),

@@ -228,9 +228,9 @@ class Mix(Section):
     """Which of a pair's texts are kept: see `captioners.mixing`. Changing it runs no model."""
 
     recipe: Literal["capfilt", "blip2", "nguyen23", "laion_coco", "recap", "web_only", "synthetic_only"] = "capfilt"
-    itm: Condition | None = Field(">= 0.5", description="a text stays when its ITM probability is so; null: not asked")
     clip: Condition | None = Field(
-        None, description="the same of its CLIP score; nguyen23 needs one, and takes top 30% where this is null"
+        None,
+        description="a text stays when its CLIP score is so; nguyen23 needs one, and takes top 30% where this is null",
     )
     top: int | None = Field(None, gt=0, description="texts kept at most; null: as the recipe was published")
 
@@ -258,6 +258,9 @@ class Keep(BaseModel):
     max_aspect: float | None = Field(3.0, ge=1, description="longer side over shorter side")
     min_contrast: float | None = Field(2.0, ge=0, description="standard deviation of grey levels; below: blank")
     clip_score: Condition | None = ">= 0.28"
+    itm: Condition | None = Field(
+        ">= 0.5", description="where texts are mixed: a text stays when its ITM probability is so; null: not asked"
+    )
 
 
 class Dedup(Section):

@@ -78,5 +78,6 @@ class ScoreTexts(Stage):
 def recipe(config: RunConfig) -> Recipe:
     """words, chars, captions, scores, mix, no repeated text."""
     rules = tuple(rule for rule in text_verdicts(config.keep) if set(rule.reads) <= {"words", "chars"})
-    steps = (CountWords(), CountChars(), Describe(), ScoreTexts(), mix_step(config.mix, rules), SameText())
+    mix = mix_step(config.mix, config.keep.itm, rules)
+    steps = (CountWords(), CountChars(), Describe(), ScoreTexts(), mix, SameText())
     return Recipe("mixing", steps)

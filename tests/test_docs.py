@@ -11,8 +11,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from pairmill.config_file import parse_config, read_config
+from pairmill.loop import LoopConfig, noisy_run
 from pairmill.plan import compile_plan
 from pairmill.run import load_config, load_recipe
+from pairmill.train.captioner import TrainCaptionerConfig
+from pairmill.train.itm import TrainFilterConfig
 from schemas.config import RunConfig
 
 TEXT = Path("docs/config.md").read_text(encoding="utf-8")
@@ -57,3 +61,22 @@ def test_every_key_is_documented():
 def test_every_example_is_a_config_whose_recipe_compiles(path: Path):
     config = load_config(str(path))
     assert compile_plan(load_recipe(config)).steps
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("captioner", TrainCaptionerConfig), ("filter", TrainFilterConfig), ("loop", LoopConfig)],
+)
+def test_every_training_example_is_a_config(name: str, model: type[BaseModel]):
+    config = read_config(model, f"examples/train/{name}.yaml")
+    if isinstance(config, LoopConfig):
+        assert noisy_run(config).models.itm.path == "out/loop/filter"
+        parse_config(TrainCaptionerConfig, {**config.captioner, "out": "x"})
+        parse_config(TrainFilterConfig, {**config.filter, "out": "x"})
+        parse_config(TrainCaptionerConfig, {**config.again, "out": "x"})
+
+
+@pytest.mark.parametrize("name", ["captioner-tiny/train", "itm-tiny/pretrain", "itm-tiny/train"])
+def test_the_configs_of_the_shipped_models_are_valid(name: str):
+    model: type[BaseModel] = TrainFilterConfig if name == "itm-tiny/train" else TrainCaptionerConfig
+    assert read_config(model, f"pairmill/weights/{name}.yaml")

@@ -159,7 +159,7 @@ def spoken(count: int) -> list[str]:
 
 MIXES = (
     {"recipe": "capfilt"},
-    {"recipe": "capfilt", "itm": ">= 0.7"},
+    {"recipe": "capfilt", "keep.itm": ">= 0.7"},
     {"recipe": "capfilt", "clip": ">= 0.5", "top": 1},
     {"recipe": "blip2"},
     {"recipe": "laion_coco"},
@@ -176,8 +176,10 @@ def test_another_mixing_recipe_runs_no_stage_and_publishes_another_choice(tmp_pa
     first = refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe"), Silent())
     assert set(first.computed) == {"words", "chars", "describe", "score"}
     choices = set()
-    for number, mix in enumerate(MIXES, 1):
-        report = refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", mix=mix), Silent())
+    for number, given in enumerate(MIXES, 1):
+        mix = {key: value for key, value in given.items() if key != "keep.itm"}
+        changes = {"mix": mix, "keep": {"itm": given.get("keep.itm", ">= 0.5")}}
+        report = refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", **changes), Silent())
         record = report.snapshot
         assert (
             record is not None and record.id == number and (number == 1 or (report.published and not report.computed))
@@ -213,8 +215,7 @@ def test_the_first_mixing_recipe_comes_back_as_it_was(tmp_path: Path):
 
 def test_rules_over_texts_judge_the_alt_text_where_texts_are_mixed(tmp_path: Path):
     table = write_urls(tmp_path / "urls.parquet", spoken(100))
-    mix = {"recipe": "capfilt", "itm": None}
-    refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", mix=mix), Silent())
+    refresh(config(tmp_path, table, recipe="tests.mixing_steps:recipe", keep={"itm": None}), Silent())
     snapshot = Dataset(str(tmp_path / "dataset")).snapshot()
     found = query(snapshot, "SELECT text, kept, reason FROM texts WHERE source = 'web'").to_pylist()
     short = [row for row in found if 0 < len(row["text"].split()) < 3]

@@ -248,8 +248,8 @@ def rows(*pairs: list[Text], stats: dict[str, Any] | None = None) -> pa.Table:
     return table.append_column(fields.UID, pa.array([f"{i:04d}" for i in range(len(pairs))], pa.string()))
 
 
-def judged(mix: Mix, table: pa.Table, rules: Any = ()) -> Judgement:
-    step = mix_step(mix, rules)
+def judged(mix: Mix, table: pa.Table, rules: Any = (), itm: str | None = ">= 0.5") -> Judgement:
+    step = mix_step(mix, itm, rules)
     assert isinstance(step, (MixTexts, MixTextsByShare))
     return step.judge(table.select(["uid", *step.reads]))
 
@@ -296,7 +296,7 @@ def test_a_share_ends_at_a_score_of_the_web_texts_which_then_holds_for_all():
     assert found.texts.reasons.to_pylist()[0] == ["clip.below_quantile", None]
     tight = judged(Mix(recipe="nguyen23", clip="top 20%"), rows(*many))
     assert tight.reason.to_pylist() == ["text.none_kept"] * 8 + [None] * 2
-    itm = judged(Mix(recipe="capfilt", itm="bottom 10%"), rows(*many))
+    itm = judged(Mix(recipe="capfilt"), rows(*many), itm="bottom 10%")
     assert itm.reason.to_pylist() == [None] * 10, "equal scores are on the same side"
 
 
@@ -307,9 +307,9 @@ def test_a_share_without_web_texts_keeps_none():
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_itm_is_read_where_it_is_asked(name: str):
-    reads = mix_step(Mix(recipe=name)).reads
+    reads = mix_step(Mix(recipe=name), ">= 0.5").reads
     assert ("itm_scores" in reads) is (name in ASKS_ITM)
-    assert "itm_scores" not in mix_step(Mix(recipe=name, itm=None)).reads
+    assert "itm_scores" not in mix_step(Mix(recipe=name)).reads
 
 
 def test_nothing_is_judged_as_nothing():

@@ -125,13 +125,13 @@ def test_changing_recipe_and_thresholds_runs_no_model(folder_run: Any, tmp_path:
     revisions = first.snapshot.models
     assert set(revisions) == {"clip.model", "captions.model", "caption_clip.model", "itm.model"}
     choices = set()
-    for mix in (
-        {"recipe": "blip2"},
-        {"recipe": "capfilt", "itm": None},
-        {"recipe": "recap", "clip": "bottom 50%"},
-        {"recipe": "synthetic_only", "itm": "< 0.6"},
+    for changes in (
+        {"mix": {"recipe": "blip2"}},
+        {"mix": {"recipe": "capfilt"}, "keep": {"itm": None}},
+        {"mix": {"recipe": "recap", "clip": "bottom 50%"}},
+        {"mix": {"recipe": "synthetic_only"}, "keep": {"itm": "< 0.6"}},
     ):
-        report = run(mix=mix)
+        report = run(**changes)
         assert report.published and report.computed == {} and report.snapshot is not None
         check_funnel(report.snapshot)
         rows = query(dataset.snapshot(), "FROM texts ORDER BY uid, ordinal").to_pylist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,8 @@ def test_coco_files_become_samples_and_an_epoch_sees_each_image_once(tmp_path: P
 
 def test_texts_of_one_identity_fit_each_other_and_are_held_out_together():
     picture = Image.new("RGB", (40, 30), (200, 30, 30))
-    rows = []
-    for number in range(20):
-        path_bytes = _png(picture)
-        rows.append(PictureRow(lambda data=path_bytes: data, (f"text {number}",), str(number // 2)))
+    data = _png(picture)
+    rows = [PictureRow(partial(bytes, data), (f"text {number}",), str(number // 2)) for number in range(20)]
     samples = PictureSamples(rows, 32)
     batch = samples.draw(np.array([0, 1, 2]), np.random.default_rng(0), 32, None)
     assert batch.fits.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
@@ -296,8 +295,8 @@ def test_a_captioner_learns_and_its_folder_is_whole(tmp_path: Path):
 
 def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path):
     """With one text each and no augmentation, two halves of a batch and the whole give the same first step."""
-    rows = [PictureRow(lambda data=_png(Image.new("RGB", (32, 32), (n * 20, 0, 0))): data, ("a red ring",), str(n))
-            for n in range(8)]  # fmt: skip
+    pictures = [_png(Image.new("RGB", (32, 32), (n * 20, 0, 0))) for n in range(8)]
+    rows = [PictureRow(partial(bytes, pictures[n]), ("a red ring",), str(n)) for n in range(8)]
     gradients = []
     for batch, accumulate in ((8, 1), (4, 2)):
         config = captioner_config(tmp_path, batch=batch, accumulate=accumulate)

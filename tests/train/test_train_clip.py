@@ -16,9 +16,9 @@ from pairmill.errors import ConfigError
 from pairmill.procedural.scene import COLOURS, SHAPES, sample_scene
 from pairmill.train import clip as training
 from pairmill.train.clip import TrainClipConfig, train_clip
-from pairmill.train.fit import TrainProgress
 from pairmill.train.clip_data import Corpus, twin
 from pairmill.train.clip_quality import area_under_curve, best_threshold, load_clip, measure_captions, measure_webs
+from pairmill.train.fit import TrainProgress
 from pairmill.weights import tiny_clip_dir
 
 pytestmark = pytest.mark.filterwarnings("default")
