@@ -9,9 +9,9 @@ What holds for every recipe:
 - A text with a reason of its own (a rule of `keep` that the web text breaks, a captioner's failure) or without words
   is not kept, and not ranked.
 - A text that says the same as one that ranks before it (`same_text`) is not kept, and takes no place of ``mix.top``.
-- ``mix.clip``, where it is set, is asked of every web and synthetic text that the recipe considers; ``keep.itm`` only
-  by `capfilt`, `web_only` and `synthetic_only`, since the other methods were published without a matching filter. A text
-  without the score fails.
+- ``mix.clip``, where it is set, is asked of every web and synthetic text that the recipe considers. ``keep.itm`` is
+  asked by `capfilt`, `web_only` and `synthetic_only` only, since the other methods were published without a matching
+  filter. A text without the score fails.
 - A share, such as ``top 30%``, is a share of the web texts of all live pairs; the score at which it ends is then the
   cut for every text, equal scores on the same side.
 - Human texts are curated: no threshold and no rule over texts is asked of them. They rank as the recipe says.

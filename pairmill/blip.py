@@ -6,9 +6,10 @@ Only safetensors are read, and no code that comes with a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,26 +215,19 @@ _BY_KEY = {"models.captioner": CAPTIONERS, "models.itm": MATCHERS}
 def _weights(kind: Any, folder: Path, dtype: Any, key: str, ref: ModelRef) -> Any:
     """The model with all its weights from the folder, or `ConfigError`."""
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report of what does not fit is raised below
     try:
-        model, told = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with quiet_transformers():  # its report of what does not fit is raised below
+            model, told = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except SafetensorError as error:
         raise ConfigError(f"{key}: the weights of {ref} are damaged or cut off ({error}); fetch them again") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     wrong = {
         "missing": sorted(told["missing_keys"]),
         "not known to it": sorted(name for name in told["unexpected_keys"] if not _BUFFERS.search(name)),
@@ -247,6 +241,22 @@ def _weights(kind: Any, folder: Path, dtype: Any, key: str, ref: ModelRef) -> An
             "model or only a part of one; give a complete one"
         )
     return model
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars and reports."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def cross_attention_cache(layers: Sequence[Any], states: Sequence[torch.Tensor], rows: Sequence[int]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pairmill._torchvision import ensure_torchvision
+from pairmill.blip import quiet_transformers
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef
 from pairmill.train.clip_data import write_tokenizer
@@ -144,7 +145,8 @@ def _from_checkpoint(config: FitConfig, kind: str) -> Blip:
     if found not in _TOWERS:
         raise ConfigError(f"model: {folder} holds a {found}; give a {CAPTIONER} or a {FILTER}")
     classes = _classes()
-    model, info = classes[found].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with quiet_transformers():
+        model, info = classes[found].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))[:3]
         raise ConfigError(f"model: the weights in {folder} do not fit its config: {', '.join(wrong)} ...")
@@ -248,7 +250,7 @@ def save_blip(blip: Blip, out: Path, *, half: bool) -> None:
     # a model of its own class in the saved type: save_pretrained knows which weights are tied
     plain = type(blip.model)(blip.model.config)
     plain.load_state_dict(state)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
+    with tempfile.TemporaryDirectory(dir=out) as folder, quiet_transformers():
         (plain.half() if half else plain).save_pretrained(folder)
         os.replace(Path(folder) / WEIGHTS_NAME, out / WEIGHTS_NAME)
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from captioners.text import prepare_text
 from pairmill._torchvision import ensure_torchvision
+from pairmill.blip import quiet_transformers
 from pairmill.procedural.captions import CORRUPTIONS, as_typed, corrupt, describe, is_true
 from pairmill.procedural.scene import Scene, sample_scene
 from pairmill.train.clip_quality import HELD_OUT_SEED, area_under_curve, as_jpeg
@@ -50,7 +51,8 @@ def measure_captioner(
     ensure_torchvision()
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForConditionalGeneration
 
-    model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    with quiet_transformers():
+        model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     drawn, pictures, _ = held_out(scenes)
@@ -99,7 +101,8 @@ def measure_filter(folder: Path, *, scenes: int = 1000, objects: Sequence[int] |
     ensure_torchvision()
     from transformers import AutoImageProcessor, AutoTokenizer, BlipForImageTextRetrieval
 
-    model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32).eval()
+    with quiet_transformers():
+        model = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     drawn, pictures, rng = held_out(scenes, objects)
