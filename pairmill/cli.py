@@ -384,7 +384,7 @@ def _train_blip(fit: Any, model: Any, config: str, overrides: list[str] | None, 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: Python, packages, Ray, GPU, memory, limits, the shipped model. Says what to do.
+    """Check this machine: Python, packages, Ray, GPU, memory, limits, the shipped models. Says what to do.
 
     \b
     Examples:

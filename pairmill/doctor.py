@@ -161,13 +161,16 @@ def check_descriptors(limit: int | None = None, concurrency: int | None = None) 
 
 _MODEL = """
 import json
+from pairmill.blip import load_captioner, load_matcher
 from pairmill.models import ModelRef, load_clip
-from schemas.config import ModelChoice
+from pairmill.weights import tiny_captioner_dir, tiny_clip_dir, tiny_itm_dir
 import torch
 found = {"torch": torch.__version__, "cuda_build": torch.version.cuda}
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
 found["gpus"] = [torch.cuda.get_device_name(i) for i in range(count)]
-clip = load_clip(ModelRef.of(ModelChoice(name="tiny")), device="cpu")
+folders = {load_clip: tiny_clip_dir(), load_captioner: tiny_captioner_dir(), load_matcher: tiny_itm_dir()}
+for load, folder in folders.items():
+    load(ModelRef(path=str(folder)), device="cpu")
 import torchvision
 found["torchvision"] = torchvision.__version__
 found["declared"] = bool(__import__("pairmill._torchvision")._torchvision._declared)
@@ -191,15 +194,17 @@ with open_engine(Engine(kind="ray", address="local")):
 
 
 def check_model() -> Finding:
-    """Whether torch, torchvision and open_clip work together: the shipped model is loaded."""
+    """Whether torch, torchvision, open_clip and transformers work together: the shipped models are loaded."""
     found = _probe(_MODEL)
-    name = "shipped model"
+    name = "shipped models"
     if isinstance(found, str):
         fix = "pip install -r requirements.txt; torch and torchvision must be builds that fit"
         return Finding(name, Level.FAIL, found, fix)
     beside = " (its operators do not fit this torch; not needed)" if found["declared"] else ""
     gpus = ", ".join(found["gpus"]) or "no GPU"
-    message = f"loads; torch {found['torch']}, torchvision {found['torchvision']}{beside}; {gpus}"
+    message = (
+        f"CLIP, captioner and filter load; torch {found['torch']}, torchvision {found['torchvision']}{beside}; {gpus}"
+    )
     if not found["gpus"] and found["cuda_build"] is None and _has_nvidia_driver():
         fix = "this machine has an NVIDIA driver: install a CUDA build of torch to use the GPU"
         return Finding(name, Level.WARN, message, fix)

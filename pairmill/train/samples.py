@@ -289,6 +289,9 @@ class SeveralSamples(Samples):
 
 # -- procedural scenes ------------------------------------------------------------------------------------------------
 
+_NEGATIVE_WEIGHTS = np.array([{"shape": 1.5, "relation": 4.0}.get(kind, 1.0) for kind in CORRUPTIONS])
+"""How often a caption is corrupted in each way that it allows: few captions speak of relations, and a changed relation is
+the hardest to see."""
 _LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b")
 
 
@@ -347,7 +350,8 @@ class ProceduralSamples(Samples):
         mirrored = rng.random(count) < (0.5 if augment else 0.0)
         column = rng.integers(self._true.shape[1], size=count) if augment else np.zeros(count, dtype=np.int64)
         true, choices = self._true[rows, column], self._false[rows, column]
-        chance = np.where(choices >= 0, rng.random(choices.shape), -1)
+        # weighted choice without replacement's first draw: Efraimidis and Spirakis (2006)
+        chance = np.where(choices >= 0, rng.random(choices.shape) ** (1 / _NEGATIVE_WEIGHTS), -1)
         false = choices[np.arange(count), chance.argmax(axis=1)]
         limits = np.minimum(self._margins[rows], 0.12)
         pictures = self.pictures[torch.from_numpy(rows)]
