@@ -142,6 +142,11 @@ def one_seed(seed: int, images: int, root: str, scale: float) -> dict[str, Any]:
     """Everything for one seed, on one thread; figures of both arms, and of the mending."""
     torch.set_num_threads(1)
     folder = Path(root) / f"seed-{seed}"
+    result, settings = folder / "result.json", [images, scale, STEPS, CURATED, FALSE_WEB_TEXTS, SCRATCH, FIT]
+    if result.exists():
+        record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if record.pop("settings") == json.loads(json.dumps(settings)):
+            return record
     begin = time.monotonic()
     scenes = make_pool(folder, images, seed)
     config = loop_config(folder, seed, scale)
@@ -159,7 +164,9 @@ def one_seed(seed: int, images: int, root: str, scale: float) -> dict[str, Any]:
             train_filter(parse_config(TrainFilterConfig, raw, "raw"))
     found = {name: figures(path) for name, path in (("raw", folder / "raw"), ("mended", config.out / "again"))}
     found["filter"] = figures(config.out / "filter")
-    return {"seed": seed, "texts": mended, **found, "seconds": round(time.monotonic() - begin)}
+    record = {"seed": seed, "texts": mended, **found, "seconds": round(time.monotonic() - begin)}
+    result.write_text(json.dumps({**record, "settings": settings}), encoding="utf-8")
+    return record
 
 
 def figures(path: Path) -> dict[str, float]:

@@ -11,6 +11,8 @@ import json
 import math
 import os
 import re
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -163,29 +165,66 @@ def fit(task: Task, samples: Samples, config: FitConfig, side: int, report: Repo
     every = max(1, steps // 400)
     sums: dict[str, float] = {}
     summed = 0
-    while trainer.step < steps:
-        lr, terms = trainer.update(view, side)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value
-        summed += 1
-        entry: dict[str, float] = {}
-        if trainer.step % every == 0 or trainer.step == steps:
-            entry = {"step": trainer.step, "lr": lr, **{name: value / summed for name, value in sums.items()}}
-            sums, summed = {}, 0
-            trainer.history.append(entry)
-        if config.evaluate_every and trainer.step % config.evaluate_every == 0 and len(held):
-            figures = measure(task, samples, held, config)
-            trainer.history.append({"step": trainer.step, **{f"eval_{k}": v for k, v in figures.items()}})
-        if trainer.step % config.checkpoint_every == 0:
-            trainer.save(checkpoint, time.monotonic() - begun)
-        now = time.monotonic()
-        if now - told >= REPORT_EVERY_S or trainer.step == steps:
-            told = now
-            rate = (trainer.step - first) / (now - begun)
-            report(TrainProgress("train", trainer.step, steps, terms["loss"], rate, (steps - trainer.step) / rate))
+    with _interrupts_between_steps() as interrupted:
+        while trainer.step < steps:
+            lr, terms = trainer.update(view, side)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value
+            summed += 1
+            entry: dict[str, float] = {}
+            if trainer.step % every == 0 or trainer.step == steps:
+                entry = {"step": trainer.step, "lr": lr, **{name: value / summed for name, value in sums.items()}}
+                sums, summed = {}, 0
+                trainer.history.append(entry)
+            if config.evaluate_every and trainer.step % config.evaluate_every == 0 and len(held):
+                figures = measure(task, samples, held, config)
+                trainer.history.append({"step": trainer.step, **{f"eval_{k}": v for k, v in figures.items()}})
+            if trainer.step % config.checkpoint_every == 0:
+                trainer.save(checkpoint, time.monotonic() - begun)
+            now = time.monotonic()
+            if now - told >= REPORT_EVERY_S or trainer.step == steps:
+                told = now
+                rate = (trainer.step - first) / (now - begun)
+                left = (steps - trainer.step) / rate
+                with _kept(trainer, checkpoint, begun):
+                    report(TrainProgress("train", trainer.step, steps, terms["loss"], rate, left))
+            if interrupted():
+                with _kept(trainer, checkpoint, begun):
+                    raise KeyboardInterrupt
     seconds = trainer.seconds_before + time.monotonic() - begun
     trainer.save(checkpoint, time.monotonic() - begun)
     return Fitted(steps, trainer.history, round(seconds, 1), steps * config.accumulate * min(config.batch, len(view)))
+
+
+@contextmanager
+def _kept(trainer: _Trainer, checkpoint: Path, begun: float) -> Iterator[None]:
+    """Between two steps: whatever ends the training here, what it did is saved first."""
+    try:
+        yield
+    except BaseException:
+        trainer.save(checkpoint, time.monotonic() - begun)
+        raise
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, so that nothing is lost; a second one does not wait. Yields whether there
+    was one. Only the main thread can ask for this; elsewhere nothing changes."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def once(number: int, frame: Any) -> None:  # noqa: ARG001 (the signature of a handler)
+        signal.signal(signal.SIGINT, before)
+        seen.set()
+
+    signal.signal(signal.SIGINT, once)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def forget_checkpoint(config: FitConfig) -> None:

@@ -290,8 +290,8 @@ class SeveralSamples(Samples):
 # -- procedural scenes ------------------------------------------------------------------------------------------------
 
 _NEGATIVE_WEIGHTS = np.array([{"shape": 1.5, "relation": 4.0}.get(kind, 1.0) for kind in CORRUPTIONS])
-"""How often a caption is corrupted in each way that it allows: few captions speak of relations, and a changed relation is
-the hardest to see."""
+"""How often a caption is corrupted in each way that it allows: few captions speak of relations, and a changed relation
+is the hardest to see."""
 _LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -266,9 +268,19 @@ def test_an_interrupted_training_ends_with_the_same_weights(
             raise KeyboardInterrupt
 
     monkeypatch.setattr("pairmill.train.fit.REPORT_EVERY_S", 0.0)
-    halves = config(tmp_path / "halves", optimizer="muon", checkpoint_every=1)
+    halves = config(tmp_path / "halves", optimizer="muon")  # no checkpoint is due: being stopped makes one
     with pytest.raises(KeyboardInterrupt):
         train(halves, progress=stop)
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+
+        def press_ctrl_c(progress: TrainProgress) -> None:
+            if progress.stage == "train" and progress.step == 4:
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            train(halves, progress=press_ctrl_c)
+        assert signal.getsignal(signal.SIGINT) is before
     again = train(halves)
     assert again.metrics["weights_sha256"] == whole.metrics["weights_sha256"]
     assert not (tmp_path / "halves" / "checkpoint.safetensors").exists()
