@@ -56,6 +56,7 @@ SCRATCH = {
     "vision": {**_TOWER, "num_hidden_layers": 4, "patch_size": 8},
     "text": {**_TOWER, "num_hidden_layers": 2, "max_position_embeddings": 48},
     "projection": 64,
+    "positions": "sincos",
 }
 FIT: dict[str, Any] = {
     "batch": 64,
@@ -68,7 +69,7 @@ FIT: dict[str, Any] = {
     "augment": {"crop": 0.12},
     "checkpoint_every": 100_000,
 }
-STEPS = {"pretrain": 2000, "captioner": 300, "filter": 800, "again": 900}
+STEPS = {"pretrain": 1800, "captioner": 250, "filter": 700, "again": 800}
 
 
 def make_pool(folder: Path, images: int, seed: int) -> dict[str, Any]:

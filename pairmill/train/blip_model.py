@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -112,7 +113,24 @@ def _from_scratch(scratch: Scratch, image_size: int | None, kind: str) -> Blip:
         image_text_hidden_size=scratch.projection,
     )
     model = _classes()[kind](config)
+    if scratch.positions == "sincos":
+        embeddings = model.vision_model.embeddings
+        with torch.no_grad():
+            embeddings.position_embedding[0, 1:] = sincos_positions(
+                math.isqrt(embeddings.num_patches), embeddings.embed_dim
+            )
     return Blip(model, tokenizer, config.vision_config.image_size, scratch.image_mean, scratch.image_std)
+
+
+def sincos_positions(side: int, width: int) -> torch.Tensor:
+    """(side * side, width): sine and cosine of column and row at falling frequencies, amplitude 1 (Vaswani et al. 2017,
+    section 3.5; for two axes as in MoCo v3, arXiv:2104.02057)."""
+    quarter = width // 4
+    frequency = 1 / 100 ** (torch.arange(quarter, dtype=torch.float32) / max(1, quarter - 1))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    waves = [place.flatten()[:, None] * frequency for place in (columns, rows)]
+    found = torch.cat([f(wave) for wave in waves for f in (torch.sin, torch.cos)], dim=1)
+    return torch.nn.functional.pad(found, (0, width - found.shape[1]))
 
 
 def _tokenizer(scratch: Scratch) -> Any:
@@ -252,6 +270,7 @@ def save_blip(blip: Blip, out: Path, *, half: bool) -> None:
     plain.load_state_dict(state)
     with tempfile.TemporaryDirectory(dir=out) as folder, quiet_transformers():
         (plain.half() if half else plain).save_pretrained(folder)
+        (Path(folder) / WEIGHTS_NAME).chmod(0o644)  # safetensors writes it for its owner only
         os.replace(Path(folder) / WEIGHTS_NAME, out / WEIGHTS_NAME)
 
 

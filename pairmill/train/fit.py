@@ -42,6 +42,9 @@ class Scratch(Section):
     vision: dict[str, Any] = Field(default_factory=dict, description="of BlipVisionConfig; empty: BLIP-base")
     text: dict[str, Any] = Field(default_factory=dict, description="of BlipTextConfig; empty: BLIP-base")
     projection: int = Field(256, gt=0, description="width of the embedding that the contrastive loss compares")
+    positions: Literal["random", "sincos"] = Field(
+        "random", description="of the image's patches, at the start: sincos gives each its row and column as waves"
+    )
     tokenizer: str = Field("procedural", description="folder of a tokenizer, or procedural: that of the tiny models")
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from captioners.text import prepare_text
 from pairmill.errors import ConfigError
-from pairmill.procedural.captions import CORRUPTIONS, as_typed, corrupt, describe
+from pairmill.procedural.captions import CORRUPTIONS, FORMS, as_typed, corrupt, describe
 from pairmill.procedural.scene import Scene, render, sample_scene
 from pairmill.procedural.truth import claim_table, scene_table, truth_matrix
 from pairmill.train.clip_data import small_picture, twin
@@ -48,6 +48,9 @@ class ProceduralData(Section):
     kind: Literal["procedural"] = "procedural"
     scenes: int = Field(20000, ge=2, multiple_of=2, description="half of them twins that differ in one respect")
     captions: int = Field(4, ge=1, description="true captions a scene, and a corruption of each")
+    relations: float | None = Field(
+        None, ge=0, le=1, description="share of captions that say how objects stand to each other; null: as they come"
+    )
     seed: int = 0
 
 
@@ -292,6 +295,8 @@ class SeveralSamples(Samples):
 _NEGATIVE_WEIGHTS = np.array([{"shape": 1.5, "relation": 4.0}.get(kind, 1.0) for kind in CORRUPTIONS])
 """How often a caption is corrupted in each way that it allows: few captions speak of relations, and a changed relation
 is the hardest to see."""
+_RELATION_FORMS = ("relation", "relation", "sentence", "full", "referring", "chain")
+_PLAIN_FORMS = tuple(form for form in FORMS if form not in _RELATION_FORMS)
 _LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b")
 
 
@@ -318,7 +323,7 @@ class ProceduralSamples(Samples):
             boxes = np.array(scene.boxes(1, 1))
             self._margins[row] = (*boxes[:, :2].min(axis=0), *(1 - boxes[:, 2:].max(axis=0)))
             for column in range(data.captions):
-                caption = prepare_text(as_typed(describe(scene, rng), rng))
+                caption = prepare_text(as_typed(describe(scene, rng, _form(data.relations, rng)), rng))
                 self._true[row, column] = self._add(caption)
                 for place, kind in enumerate(CORRUPTIONS):
                     changed = corrupt(caption, scene, kind, rng)
@@ -364,6 +369,13 @@ class ProceduralSamples(Samples):
             for place, flip in zip(false, mirrored, strict=True)
         ]
         return TrainBatch(pixels, texts, negatives, torch.from_numpy(self.ids[rows]), torch.from_numpy(fits))
+
+
+def _form(relations: float | None, rng: random.Random) -> str | None:
+    """A form of caption: one with relations in so many of all cases; None leaves the choice to `describe`."""
+    if relations is None:
+        return None
+    return rng.choice(_RELATION_FORMS if rng.random() < relations else _PLAIN_FORMS)
 
 
 def _mirrored(text: str, flip: Any) -> str:
