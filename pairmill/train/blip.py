@@ -124,6 +124,7 @@ def _metrics(
         "steps": fitted.steps,
         "samples_seen": fitted.samples_seen,
         "train_seconds": fitted.seconds,
+        "device": next(blip.model.parameters()).device.type,
         "threads": torch.get_num_threads(),
         "seed": config.seed,
         "weights_sha256": hashlib.sha256((config.out / WEIGHTS_NAME).read_bytes()).hexdigest(),

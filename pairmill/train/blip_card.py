@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,16 +24,21 @@ def write_card(config: FitConfig, kind: str, metrics: Mapping[str, Any]) -> None
     captioner = kind == CAPTIONER
     what, key = ("captioner", "captioner") if captioner else ("image-text matching filter", "itm")
     minutes = metrics["train_seconds"] / 60
+    batch = config.batch * config.accumulate
     start = "from scratch" if config.scratch else f"from {config.model.name or 'a local checkpoint'}"  # type: ignore[union-attr]
+    threads = f"{metrics['threads']} CPU thread{'s' if metrics['threads'] > 1 else ''} ({processor_name()})"
+    place = threads if metrics["device"] == "cpu" else "a GPU"
+    told = (
+        f"`{kind}` of transformers, {metrics['parameters']:,} parameters, weights in {config.save}. Trained by `pairmill "
+        f"train {'captioner' if captioner else 'filter'}` {start} on {_data(config)}: {metrics['steps']:,} steps of "
+        f"{batch} images ({metrics['samples_seen']:,} seen), seed {config.seed}, "
+        f"{config.precision} arithmetic, in {minutes:.0f} minutes on {place}. "
+        "`train.yaml` beside this file does it again; `curves.png` shows loss and learning rate."
+    )
     lines = [
         f"# A BLIP {what}: {config.out.name}",
         "",
-        f"`{kind}` of transformers, {metrics['parameters']:,} parameters, weights in {config.save}. Trained by",
-        f"`pairmill train {'captioner' if captioner else 'filter'}` {start} on {_data(config)}:",
-        f"{metrics['steps']:,} steps of {config.batch * config.accumulate} images ({metrics['samples_seen']:,} seen),",
-        f"seed {config.seed}, {config.precision} arithmetic, in {minutes:.0f} minutes on",
-        f"{metrics['threads']} threads ({processor_name()}). `train.yaml` beside this file does it again;",
-        "`curves.png` shows loss and learning rate.",
+        *textwrap.wrap(told, 116),
         "",
         f"In a run: `models: {{{key}: {{path: FOLDER}}}}`. In Python:",
         "",
@@ -71,7 +77,7 @@ def _captioner_quality(found: Mapping[str, Any]) -> list[str]:
         name = "nucleus, top_p 0.9" if method == "nucleus" else method
         lines.append(f"| {name} | {row['true']:.1%} | {row['grammar']:.1%} | {row['words']} | {row['different']:.1%} |")
     examples = "; ".join(f'"{text}"' for text in found["nucleus"]["examples"][:4])
-    return [*lines, "", f"Such as: {examples}.", ""]
+    return [*lines, "", *textwrap.wrap(f"Such as: {examples}.", 116), ""]
 
 
 def _filter_quality(found: Mapping[str, Any]) -> list[str]:

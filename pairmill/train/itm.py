@@ -128,26 +128,24 @@ class FilterTask(Task):
             momentum_image = _unit(averaged["vision_proj"](momentum_image))
             momentum_text = averaged["text_encoder"](input_ids=tokens, attention_mask=mask)[0][:, 0]
             momentum_text = _unit(averaged["text_proj"](momentum_text))
+        with torch.autocast(pixels.device.type, enabled=False):  # divided by tau, bfloat16 would be too coarse
             filled = self._queue["ids"] != _NO_ID
             all_images = torch.cat([momentum_image, self._queue["image"][filled]])
             all_texts = torch.cat([momentum_text, self._queue["text"][filled]])
             same = ids[:, None] == self._queue["ids"][filled][None, :]
             right_texts, right_images = torch.cat([fits, same], 1).float(), torch.cat([fits.T, same], 1).float()
-            targets = [
-                alpha * functional.softmax(query @ keys.T / tau, dim=1)
-                + (1 - alpha) * right / right.sum(1, keepdim=True)
-                for query, keys, right in (
-                    (momentum_image, all_texts, right_texts),
-                    (momentum_text, all_images, right_images),
-                )
-            ]
-        logits = [image @ all_texts.T / tau, text @ all_images.T / tau]
-        loss = (
-            sum(-(t * functional.log_softmax(s, dim=1)).sum(1).mean() for s, t in zip(logits, targets, strict=True)) / 2
-        )
+            loss = torch.zeros((), device=pixels.device)
+            for query, momentum_query, keys, right in (
+                (image, momentum_image, all_texts, right_texts),
+                (text, momentum_text, all_images, right_images),
+            ):
+                with torch.no_grad():
+                    soft = functional.softmax(momentum_query @ keys.T / tau, dim=1)
+                    target = alpha * soft + (1 - alpha) * right / right.sum(1, keepdim=True)
+                loss = loss - (target * functional.log_softmax(query @ keys.T / tau, dim=1)).sum(1).mean() / 2
+            similarity = (image @ text.T / tau).detach()
         self._enqueue(momentum_image, momentum_text, ids)
-        assert isinstance(loss, torch.Tensor)
-        return loss, (image @ text.T / tau).detach()
+        return loss, similarity
 
     def _enqueue(self, image: torch.Tensor, text: torch.Tensor, ids: torch.Tensor) -> None:
         size = self.config.queue
