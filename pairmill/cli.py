@@ -312,7 +312,7 @@ def train_captioner(config: Config, overrides: Overrides = None, as_json: AsJson
 
     \b
     Examples:
-      pairmill train captioner examples/train_captioner.yaml
+      pairmill train captioner examples/train/captioner.yaml
       pairmill train captioner pairmill/weights/captioner-tiny/train.yaml --set steps=200 --set out=out/quick
     """
     from pairmill.train.blip import train_captioner as fit
@@ -327,7 +327,7 @@ def train_filter(config: Config, overrides: Overrides = None, as_json: AsJson = 
 
     \b
     Examples:
-      pairmill train filter examples/train_filter.yaml
+      pairmill train filter examples/train/filter.yaml
       pairmill train filter pairmill/weights/itm-tiny/train.yaml --set steps=200 --set out=out/quick
     """
     from pairmill.train.blip import train_filter as fit
@@ -342,7 +342,7 @@ def train_loop(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
 
     \b
     Examples:
-      pairmill train loop examples/capfilt_loop.yaml
+      pairmill train loop examples/train/loop.yaml
     """
     from dataclasses import asdict
 
@@ -513,15 +513,16 @@ class _TrainingLines:
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter
-        self._stage: str | None = None
+        self._segment: tuple[str, int] | None = None
         self._step = 0
 
     def tell(self, progress: Any) -> None:
-        """Take one report of the training."""
-        if progress.stage != self._stage:
+        """Take one report of the training. What begins anew, as with each of several sources, is a new segment."""
+        segment = (progress.stage, progress.steps)
+        if segment != self._segment or progress.step <= self._step:
             self._reporter.finish()
-            self._stage, self._step = progress.stage, 0
-            self._reporter.start(progress.stage, progress.steps)
+            self._segment, self._step = segment, 0
+            self._reporter.start(*segment)
         self._reporter.advance(progress.step - self._step, {})
         self._step = progress.step
 

@@ -9,7 +9,7 @@ from typing import Any
 from pairmill.train.blip_model import CAPTIONER, write_text
 from pairmill.train.clip_card import processor_name
 from pairmill.train.fit import FitConfig
-from pairmill.train.samples import CocoData, ProceduralData
+from pairmill.train.samples import CocoData, ProceduralData, SeveralData
 
 _USE = {
     True: """    from transformers import BlipForConditionalGeneration
@@ -29,9 +29,9 @@ def write_card(config: FitConfig, kind: str, metrics: Mapping[str, Any]) -> None
     threads = f"{metrics['threads']} CPU thread{'s' if metrics['threads'] > 1 else ''} ({processor_name()})"
     place = threads if metrics["device"] == "cpu" else "a GPU"
     told = (
-        f"`{kind}` of transformers, {metrics['parameters']:,} parameters, weights in {config.save}. Trained by `pairmill "
-        f"train {'captioner' if captioner else 'filter'}` {start} on {_data(config)}: {metrics['steps']:,} steps of "
-        f"{batch} images ({metrics['samples_seen']:,} seen), seed {config.seed}, "
+        f"`{kind}` of transformers, {metrics['parameters']:,} parameters, weights in {config.save}. Trained by "
+        f"`pairmill train {'captioner' if captioner else 'filter'}` {start} on {_data(config)}: "
+        f"{metrics['steps']:,} steps of {batch} images ({metrics['samples_seen']:,} seen), seed {config.seed}, "
         f"{config.precision} arithmetic, in {minutes:.0f} minutes on {place}. "
         "`train.yaml` beside this file does it again; `curves.png` shows loss and learning rate."
     )
@@ -64,9 +64,13 @@ def write_card(config: FitConfig, kind: str, metrics: Mapping[str, Any]) -> None
 
 
 def _data(config: FitConfig) -> str:
-    if isinstance(config.data, ProceduralData):
-        return f"{config.data.scenes:,} procedural scenes"
-    return "COCO captions" if isinstance(config.data, CocoData) else "a pairmill dataset"
+    told = []
+    for part in config.data.parts if isinstance(config.data, SeveralData) else (config.data,):
+        if isinstance(part, ProceduralData):
+            told.append(f"{part.scenes:,} procedural scenes")
+        else:
+            told.append("COCO captions" if isinstance(part, CocoData) else "a pairmill dataset")
+    return " and ".join(told)
 
 
 def _captioner_quality(found: Mapping[str, Any]) -> list[str]:
