@@ -53,6 +53,7 @@ IMAGE_TOKEN = "<image>"  # noqa: S105
 _EXAMPLES = {
     "models.captioner": "Salesforce/blip-image-captioning-large@COMMIT",
     "models.itm": "Salesforce/blip-itm-large-coco@COMMIT",
+    "model": "Salesforce/blip-image-captioning-base@COMMIT",
 }
 _NEEDS = {"models.captioner": "a captioner", "models.itm": "an image-text matching head"}
 _BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq)$")
@@ -119,20 +120,15 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
     import transformers
 
     place = resolve_device(device)
-    folder = _folder(ref, key)
+    folder = checkpoint_folder(ref, key)
     kind = _kind(folder, key, classes, ref)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    try:
-        model = _weights(getattr(transformers, classes[kind]), folder, dtype, key, ref)
-        tokenizer = _tokenizer(folder, model.get_input_embeddings().num_embeddings)
+    with complete_checkpoint(key, ref):
+        model = load_weights(getattr(transformers, classes[kind]), folder, dtype, key, ref)
+        tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
         second = model.config.qformer_config.vocab_size if kind == "instructblip" else None
-        qformer = None if second is None else _tokenizer(folder / QFORMER_TOKENIZER, second)
+        qformer = None if second is None else load_tokenizer(folder / QFORMER_TOKENIZER, second)
         images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{key}: {ref} cannot be loaded ({type(error).__name__}: {error}); is it a complete checkpoint in "
-            "transformers' format (config, safetensors, preprocessor_config.json, tokenizer)?"
-        ) from error
 
     def pixels(batch: Sequence[Image.Image]) -> torch.Tensor:
         return images(list(batch), return_tensors="pt")["pixel_values"]
@@ -140,7 +136,19 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
     return Checkpoint(FAMILIES[kind], model.to(place).eval(), tokenizer, qformer, pixels, place, dtype)
 
 
-def _tokenizer(folder: Path, rows: int) -> Any:
+@contextlib.contextmanager
+def complete_checkpoint(key: str, ref: ModelRef) -> Iterator[None]:
+    """What transformers raises while a checkpoint is loaded, as a `ConfigError` that names the key and the model."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{key}: {ref} cannot be loaded ({type(error).__name__}: {error}); is it a complete checkpoint in "
+            "transformers' format (config, safetensors, preprocessor_config.json, tokenizer)?"
+        ) from error
+
+
+def load_tokenizer(folder: Path, rows: int) -> Any:
     """The tokenizer of a folder, for a model with so many embeddings.
 
     Raises:
@@ -158,8 +166,12 @@ def _tokenizer(folder: Path, rows: int) -> Any:
     return tokenizer
 
 
-def _folder(ref: ModelRef, key: str) -> Path:
-    """Where the checkpoint lies; one of the hub is fetched, or taken from the local cache."""
+def checkpoint_folder(ref: ModelRef, key: str) -> Path:
+    """Where the checkpoint lies; one of the hub is fetched, or taken from the local cache.
+
+    Raises:
+        ConfigError: no such folder, a name that is not pinned, or one that cannot be fetched.
+    """
     if ref.path is not None:
         folder = Path(ref.path)
         if not folder.is_dir():
@@ -183,20 +195,29 @@ def _folder(ref: ModelRef, key: str) -> Path:
         ) from error
 
 
-def _kind(folder: Path, key: str, classes: dict[str, str], ref: ModelRef) -> str:
-    """The ``model_type`` of a checkpoint, one of `classes`."""
+def model_settings(folder: Path, key: str, ref: ModelRef) -> dict[str, Any]:
+    """A checkpoint's config.json.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind, architectures = config.get("model_type"), config.get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{key}: {ref} has no readable config.json ({type(error).__name__}); give a folder in transformers' "
             "format, as save_pretrained writes it"
         ) from error
+
+
+def _kind(folder: Path, key: str, classes: dict[str, str], ref: ModelRef) -> str:
+    """The ``model_type`` of a checkpoint, one of `classes`."""
+    settings = model_settings(folder, key, ref)
+    kind, architectures = settings.get("model_type"), settings.get("architectures") or []
     accepted = ", ".join(classes.values())
     found = ", ".join(architectures) or f"a model of type {kind!r}"
     if kind not in classes or (architectures and classes[kind] not in architectures):
-        other = next((k for k, names in _BY_KEY.items() if k != key and names.get(kind) in architectures), None)
+        other = next((k for k, names in _BY_KEY.items() if k != key and names.get(str(kind)) in architectures), None)
         what = f", {_NEEDS[other]}" if other else ""
         raise ConfigError(
             f"{key}: {ref} is {found}{what}; {key} needs {_NEEDS[key]}: {accepted}, such as {_EXAMPLES[key]}"
@@ -212,7 +233,7 @@ def _kind(folder: Path, key: str, classes: dict[str, str], ref: ModelRef) -> str
 _BY_KEY = {"models.captioner": CAPTIONERS, "models.itm": MATCHERS}
 
 
-def _weights(kind: Any, folder: Path, dtype: Any, key: str, ref: ModelRef) -> Any:
+def load_weights(kind: Any, folder: Path, dtype: Any, key: str, ref: ModelRef) -> Any:
     """The model with all its weights from the folder, or `ConfigError`."""
     from safetensors import SafetensorError
 

@@ -128,8 +128,12 @@ def _file_sha256(path: str, mtime_ns: int, size: int) -> str:  # noqa: ARG001 - 
     return digest.hexdigest()
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, key: str = "models.device") -> str:
     """``auto`` as cuda where torch sees a GPU, else cpu.
+
+    Args:
+        device: auto, cpu or cuda.
+        key: of the config, for the message.
 
     Raises:
         ConfigError: cuda is asked for and there is none.
@@ -138,9 +142,7 @@ def resolve_device(device: str) -> str:
 
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ConfigError(
-            "models.device is cuda, but torch sees no GPU here; say auto or cpu, or install torch for CUDA"
-        )
+        raise ConfigError(f"{key} is cuda, but torch sees no GPU here; say auto or cpu, or install torch for CUDA")
     return ("cuda" if available else "cpu") if device == "auto" else device
 
 

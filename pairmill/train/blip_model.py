@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import math
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +16,19 @@ from typing import Any
 import torch
 
 from pairmill._torchvision import ensure_torchvision
-from pairmill.blip import quiet_transformers
+from pairmill.blip import (
+    checkpoint_folder,
+    complete_checkpoint,
+    load_tokenizer,
+    load_weights,
+    model_settings,
+    quiet_transformers,
+)
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef
 from pairmill.train.clip_data import write_tokenizer
-from pairmill.train.fit import FitConfig, Scratch
+from pairmill.train.fit import FitConfig, Scratch, device_of
+from pairmill.weights import tiny_captioner_dir
 from schemas.config import ModelChoice
 
 CAPTIONER, FILTER = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
@@ -77,12 +88,14 @@ def open_blip(config: FitConfig, kind: str) -> Blip:
         kind: `CAPTIONER` or `FILTER`.
 
     Raises:
-        ConfigError: no such folder or checkpoint, or it is no BLIP.
+        ConfigError: no such folder or checkpoint, it is incomplete or no BLIP, keys of scratch do not fit, or a GPU is
+            asked for and there is none.
     """
     ensure_torchvision()
+    device = device_of(config)
     torch.manual_seed(config.seed)
     blip = _from_scratch(config.scratch, config.image_size, kind) if config.scratch else _from_checkpoint(config, kind)
-    blip.model.to(config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu"))
+    blip.model.to(device)
     return blip
 
 
@@ -93,9 +106,11 @@ def _classes() -> dict[str, Any]:
 
 
 def _from_scratch(scratch: Scratch, image_size: int | None, kind: str) -> Blip:
-    from transformers import BlipConfig
+    from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
-    tokenizer = _tokenizer(scratch)
+    _check_keys("scratch.vision", scratch.vision, BlipVisionConfig)
+    _check_keys("scratch.text", scratch.text, BlipTextConfig)
+    tokenizer = _scratch_tokenizer(scratch)
     vision = {"initializer_range": 0.02, **scratch.vision, **({"image_size": image_size} if image_size else {})}
     sep, pad = tokenizer.sep_token_id, tokenizer.pad_token_id
     text = {
@@ -106,13 +121,17 @@ def _from_scratch(scratch: Scratch, image_size: int | None, kind: str) -> Blip:
         "pad_token_id": pad,
         **scratch.text,
     }
-    config = BlipConfig(
-        vision_config=vision,
-        text_config=text,
-        projection_dim=scratch.projection,
-        image_text_hidden_size=scratch.projection,
-    )
-    model = _classes()[kind](config)
+    try:
+        config = BlipConfig(
+            vision_config=vision,
+            text_config=text,
+            projection_dim=scratch.projection,
+            image_text_hidden_size=scratch.projection,
+        )
+        _check_sizes(config, len(tokenizer))
+        model = _classes()[kind](config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"scratch: transformers builds no BLIP of these keys: {error}; correct them") from error
     if scratch.positions == "sincos":
         embeddings = model.vision_model.embeddings
         with torch.no_grad():
@@ -120,6 +139,39 @@ def _from_scratch(scratch: Scratch, image_size: int | None, kind: str) -> Blip:
                 math.isqrt(embeddings.num_patches), embeddings.embed_dim
             )
     return Blip(model, tokenizer, config.vision_config.image_size, scratch.image_mean, scratch.image_std)
+
+
+def _check_keys(key: str, given: dict[str, Any], kind: Any) -> None:
+    """Raise `ConfigError` for a key that transformers would take and never read."""
+    signature = inspect.signature(kind.__init__).parameters.values()
+    known = [parameter.name for parameter in signature if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{key}.{name}: {kind.__name__} has no such key; {hint}")
+
+
+def _check_sizes(config: Any, tokens: int) -> None:
+    vision, text = config.vision_config, config.text_config
+    _check_patches(vision.image_size, vision.patch_size)
+    if text.vocab_size < tokens:
+        raise ConfigError(
+            f"scratch.text.vocab_size: the tokenizer has {tokens} tokens, so give as many, or leave it out"
+        )
+    for key, tower in (("scratch.vision", vision), ("scratch.text", text)):
+        if tower.hidden_size % tower.num_attention_heads:
+            raise ConfigError(
+                f"{key}.hidden_size: {tower.hidden_size} is no multiple of the {tower.num_attention_heads} heads "
+                "(num_attention_heads)"
+            )
+
+
+def _check_patches(size: int, patch: int) -> None:
+    if size % patch:
+        raise ConfigError(
+            f"image_size: {size} is no multiple of the patch size {patch}; {size // patch * patch or patch} is one"
+        )
 
 
 def sincos_positions(side: int, width: int) -> torch.Tensor:
@@ -133,13 +185,19 @@ def sincos_positions(side: int, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(found, (0, width - found.shape[1]))
 
 
-def _tokenizer(scratch: Scratch) -> Any:
+def _scratch_tokenizer(scratch: Scratch) -> Any:
     from transformers import AutoTokenizer
 
     if scratch.tokenizer != _PROCEDURAL:
         if not Path(scratch.tokenizer).is_dir():
             raise ConfigError(f"scratch.tokenizer: there is no folder {scratch.tokenizer}; name one, or procedural")
-        return _with_blip_tokens(AutoTokenizer.from_pretrained(scratch.tokenizer))
+        try:
+            return _with_blip_tokens(load_tokenizer(Path(scratch.tokenizer), sys.maxsize))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"scratch.tokenizer: {scratch.tokenizer} cannot be loaded ({type(error).__name__}: {error}); name a "
+                "folder with a tokenizer in transformers' format, or procedural"
+            ) from error
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), _LONGEST_TEXT, joins_words=True)
         return AutoTokenizer.from_pretrained(folder)
@@ -154,20 +212,20 @@ def _with_blip_tokens(tokenizer: Any) -> Any:
 
 
 def _from_checkpoint(config: FitConfig, kind: str) -> Blip:
-    from transformers import AutoTokenizer
-
     assert config.model is not None
-    folder = checkpoint_folder(config.model)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = (settings.get("architectures") or ["?"])[0]
+    ref = model_ref(config.model)
+    folder = checkpoint_folder(ref, "model")
+    found = (model_settings(folder, "model", ref).get("architectures") or ["?"])[0]
     if found not in _TOWERS:
-        raise ConfigError(f"model: {folder} holds a {found}; give a {CAPTIONER} or a {FILTER}")
+        raise ConfigError(f"model: {ref} holds a {found}; give a {CAPTIONER} or a {FILTER}")
     classes = _classes()
-    with quiet_transformers():
-        model, info = classes[found].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))[:3]
-        raise ConfigError(f"model: the weights in {folder} do not fit its config: {', '.join(wrong)} ...")
+    with complete_checkpoint("model", ref):
+        model = load_weights(classes[found], folder, torch.float32, "model", ref)
+        tokenizer = load_tokenizer(folder, model.config.text_config.vocab_size)
+        preprocessing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        mean, std = (tuple(map(float, preprocessing[key])) for key in ("image_mean", "image_std"))
+        if not len(mean) == len(std) == 3:
+            raise ValueError("preprocessor_config.json: image_mean and image_std must be three numbers each")
     fresh: tuple[str, ...] = ()
     if found != kind:
         other = classes[kind](model.config)
@@ -185,42 +243,21 @@ def _from_checkpoint(config: FitConfig, kind: str) -> Blip:
     size = config.image_size or vision.image_size
     if size != vision.image_size:
         _resize_positions(model, size)
-    preprocessing = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    mean, std = (tuple(preprocessing[key]) for key in ("image_mean", "image_std"))
-    tokenizer = _with_blip_tokens(AutoTokenizer.from_pretrained(folder))
+    tokenizer = _with_blip_tokens(tokenizer)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise ConfigError(f"model: the tokenizer in {folder} has more tokens than the model; do the files fit?")
     return Blip(model, tokenizer, size, mean, std, fresh)
 
 
-def checkpoint_folder(choice: ModelChoice) -> Path:
-    """The local folder of a checkpoint: as given, one of the shipped ones, or fetched by name and revision."""
-    from pairmill.weights import tiny_captioner_dir
-
-    ref = ModelRef.of(choice, tiny_captioner_dir)
-    if ref.path is not None:
-        folder = Path(ref.path)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model: there is no {folder / 'config.json'}; give a folder in transformers' format")
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(str(ref.name), revision=ref.revision, allow_patterns=["*.json", "*.txt", "*.safetensors"])
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"model: {ref} cannot be fetched ({type(error).__name__}: {error}); give a local folder as model.path"
-        ) from error
+def model_ref(choice: ModelChoice) -> ModelRef:
+    """What the key `model` of a training names; tiny is the shipped captioner."""
+    return ModelRef.of(choice, tiny_captioner_dir)
 
 
 def _resize_positions(model: Any, size: int) -> None:
     """Another input size: the grid of position embeddings is interpolated, as BLIP does between 224 and 384 pixels."""
     embeddings = model.vision_model.embeddings
-    height = size // embeddings.patch_size * embeddings.patch_size
-    if height != size:
-        raise ConfigError(f"image_size: {size} is no multiple of the patch size {embeddings.patch_size}")
+    _check_patches(size, embeddings.patch_size)
     cells = (size // embeddings.patch_size) ** 2
     dummy = torch.empty(1, cells + 1, embeddings.embed_dim)
     with torch.no_grad():
