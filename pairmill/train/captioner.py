@@ -43,7 +43,8 @@ class CaptionTask(Task):
 
     def _predict(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         model: Any = self.model
-        ids, mask = self.blip.tokens([self.config.prompt + text for text in batch.texts], "[DEC]")
+        prompt = self.config.prompt.strip()
+        ids, mask = self.blip.tokens([f"{prompt} {text}".strip() for text in batch.texts], "[DEC]")
         labels = ids.masked_fill(mask == 0, _IGNORED)
         labels[:, : self._masked] = _IGNORED
         image = model.vision_model(pixel_values=self.blip.normalised(batch.pixels)).last_hidden_state

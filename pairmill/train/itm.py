@@ -34,7 +34,9 @@ class TrainFilterConfig(FitConfig):
     queue: int = Field(57600, ge=0, description="momentum embeddings kept as further negatives")
     momentum: float = Field(0.995, ge=0, lt=1, description="of the averaged encoders")
     alpha: float = Field(0.4, ge=0, lt=1, description="weight of soft targets, ramped up over `alpha_steps`")
-    alpha_steps: int | None = Field(None, gt=0, description="null: the first epoch")
+    alpha_steps: int | None = Field(
+        None, gt=0, description="forward passes, `accumulate` of them an optimizer step; null: those of the first epoch"
+    )
     temperature: float = Field(0.07, gt=0, description="at the start; learnt, within 0.001 to 0.5")
     itc_weight: float = Field(1.0, ge=0)
     itm_weight: float = Field(1.0, ge=0)
@@ -151,6 +153,7 @@ class FilterTask(Task):
         size = self.config.queue
         if not size or not self.model.training:
             return
+        image, text, ids = image[-size:], text[-size:], ids[-size:]
         start = int(self._queue["next"])
         places = (start + torch.arange(len(ids), device=ids.device)) % size
         self._queue["image"][places], self._queue["text"][places], self._queue["ids"][places] = image, text, ids
@@ -201,7 +204,8 @@ class FilterTask(Task):
 
     def evaluate(self, samples: Samples, rows: Any) -> dict[str, float]:
         """``itm_auc``: own text against another image's; ``recall_at_1``: of images, by cosine, a text of the same
-        identity first; ``itm_loss``: nats, of as many true as false pairs."""
+        identity first; ``itm_loss``: nats, of as many true as false pairs. Nothing where all images share one
+        identity: no text is wrong then."""
         from pairmill.train.clip_quality import area_under_curve
 
         model: Any = self.model
@@ -221,10 +225,14 @@ class FilterTask(Task):
             ids.append(batch.ids)
         image, identity = torch.cat(images), torch.cat(ids)
         count = len(identity)
+        if len(identity.unique()) < 2:
+            return {}
         shift = 1 + int(np.random.default_rng(0).integers(max(1, count - 1)))
-        other = (torch.arange(count) + shift) % count
-        other = other[identity[other] != identity]
-        against = torch.arange(count)[identity[(torch.arange(count) + shift) % count] != identity]
+        while bool((identity.roll(-shift) == identity).all()):  # identities that repeat with this period
+            shift = shift % (count - 1) + 1
+        differs = identity.roll(-shift) != identity
+        against = torch.arange(count)[differs]
+        other = (against + shift) % count
         right = self._probabilities(texts, torch.arange(count), image, torch.arange(count), device)
         wrong = self._probabilities(texts, other, image, against, device)
         best = (torch.cat(vectors) @ torch.cat(text_vectors).T).argmax(1).cpu()
