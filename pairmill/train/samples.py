@@ -1,27 +1,33 @@
 """What captioners and filters are trained on: pictures with their texts, from a dataset of ours, COCO files or scenes.
 
-Every source becomes a `Samples`: pictures decoded once to small squares, some texts for each, and an identity, so that
-texts of one image (or of its duplicates) never count as wrong for it. A batch is a function of seed and step alone, so
-a resumed training sees the same batches.
+Every source becomes a `Samples`: pictures as small squares, some texts for each, and an identity, so that texts of one
+image (or of its duplicates) never count as wrong for it. A batch is a function of seed and step alone, so a resumed
+training sees the same batches. Pictures are decoded once where they fit into the memory that the config allows, and
+else for each batch; the batches are the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import random
 import re
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 
 from captioners.text import prepare_text
@@ -35,6 +41,9 @@ from schemas.config import Section
 
 _MARGIN = 1.25
 """Pictures are kept this much larger than the model's input, so that crops stay sharp."""
+
+CACHE_BYTES = 4_000_000_000
+"""Decoded pictures that are kept in memory, at most."""
 
 Progress = Callable[[int, int], None]
 
@@ -119,9 +128,29 @@ class Samples(ABC):
 
     ids: NDArray[np.int64]
     """Identity of each picture."""
+    texts: Sequence[Any]
+    """All texts, in the source's own form."""
+    decoded_bytes = 0
+    """Of the pictures that are kept in memory."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def kin(self) -> NDArray[np.int64]:
+        """(n,): rows of one kin are trained on together or held out together."""
+        return self.ids
+
+    def groups(self) -> NDArray[np.int64]:
+        """(groups, size): rows that always stand in one batch together. Here each row is on its own."""
+        return np.arange(len(self))[:, None]
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of identities and texts: the data that a checkpoint was made with."""
+        digest = hashlib.sha256(self.ids.astype(np.int64).tobytes())
+        for entry in self.texts:
+            digest.update(repr(entry).encode())
+        return digest.hexdigest()
 
     @abstractmethod
     def draw(self, rows: NDArray[np.int64], rng: np.random.Generator, side: int, augment: Augment | None) -> TrainBatch:
@@ -129,37 +158,52 @@ class Samples(ABC):
 
     def batch(self, *, seed: int, step: int, size: int, side: int, augment: Augment) -> TrainBatch:
         """The batch of a step; all rows once an epoch, in an order of the epoch's own."""
-        size = min(size, len(self))
-        epoch, place = divmod(step, len(self) // size)
-        order = np.random.default_rng((seed, 1 << 40, epoch)).permutation(len(self))
-        rows = order[place * size : (place + 1) * size]
+        groups = self.groups()
+        wanted = max(1, min(size // groups.shape[1], len(groups)))
+        epoch, place = divmod(step, len(groups) // wanted)
+        order = np.random.default_rng((seed, 1 << 40, epoch)).permutation(len(groups))
+        rows = groups[order[place * wanted : (place + 1) * wanted]].T.ravel()
         return self.draw(rows, np.random.default_rng((seed, step)), side, augment)
 
     def split(self, share: float, least: int = 2) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Rows to train on and rows to hold out, parted by identity, the same for the same data."""
-        unique = np.unique(self.ids)
+        """Rows to train on and rows to hold out, parted by kin, the same for the same data."""
+        kin = self.kin
+        unique = np.unique(kin)
         count = min(len(unique) - 1, max(least, round(share * len(unique)))) if share > 0 else 0
         chosen = np.random.default_rng(len(unique)).permutation(unique)[:count]
-        held = np.isin(self.ids, chosen)
+        held = np.isin(kin, chosen)
         return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def open_samples(data: TrainData, side: int, progress: Progress | None = None) -> Samples:
+def open_samples(
+    data: TrainData,
+    side: int,
+    progress: Progress | None = None,
+    *,
+    cache: int = CACHE_BYTES,
+    work: Path | None = None,
+) -> Samples:
     """Read a source.
 
     Args:
         side: of the model's input, pixels.
-        progress: called with (pictures read, pictures in all).
+        progress: called with (pictures read, pictures in all), for each of several sources anew.
+        cache: bytes of decoded pictures that are kept in memory, at most; scenes always are.
+        work: folder for the image files of a dataset, which lie there without a name; null: the system's own.
 
     Raises:
-        ConfigError: a path is wrong, or there is nothing to train on.
+        ConfigError: a path is wrong, an image cannot be read, or there is nothing to train on.
     """
     if isinstance(data, SeveralData):
-        return SeveralSamples([open_samples(part, side, progress) for part in data.parts])
+        parts: list[Samples] = []
+        for part in data.parts:
+            left = cache - sum(opened.decoded_bytes for opened in parts)
+            parts.append(open_samples(part, side, progress, cache=left, work=work))
+        return SeveralSamples(parts)
     if isinstance(data, ProceduralData):
         return ProceduralSamples(data, side, progress)
-    rows = _coco_rows(data) if isinstance(data, CocoData) else _dataset_rows(data)
-    return PictureSamples(rows, side, progress)
+    rows = _coco_rows(data) if isinstance(data, CocoData) else _dataset_rows(data, work)
+    return PictureSamples(rows, side, progress, cache)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -167,44 +211,65 @@ def open_samples(data: TrainData, side: int, progress: Progress | None = None) -
 
 @dataclass(frozen=True)
 class PictureRow:
-    """One image: how to read its bytes, its texts, and its identity."""
+    """One image: what to call it, how to read its bytes, its texts, and its identity."""
 
+    name: str
     read: Callable[[], bytes]
     texts: tuple[str, ...]
     identity: str
 
 
 class PictureSamples(Samples):
-    """Image files with texts. Pictures are decoded once and kept as squares of 1.25 x `side`.
+    """Image files with texts. Pictures are squares of 1.25 x `side`, decoded once and kept if all of them fit into
+    `cache`, else decoded for each batch.
 
     Args:
         rows: the images.
         side: of the model's input, pixels.
         progress: called with (pictures read, pictures in all).
+        cache: bytes.
 
     Raises:
-        ConfigError: no row has a text.
+        ConfigError: no row has a text, or an image cannot be read.
     """
 
-    def __init__(self, rows: Sequence[PictureRow], side: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[PictureRow],
+        side: int,
+        progress: Progress | None = None,
+        cache: int = CACHE_BYTES,
+    ) -> None:
         prepared = [tuple(t for t in (prepare_text(text) for text in row.texts) if t) for row in rows]
         kept = [(row, texts) for row, texts in zip(rows, prepared, strict=True) if texts]
         if not kept:
             raise ConfigError("data: no image has a text to train on; look at the data with `pairmill sql`")
         self.texts = [texts for _, texts in kept]
         _, self.ids = np.unique([row.identity for row, _ in kept], return_inverse=True)
-        stored = round(side * _MARGIN)
-        self.pictures = torch.empty((len(kept), 3, stored, stored), dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:
-            for place, pixels in enumerate(pool.map(lambda entry: _decode(entry[0].read(), stored), kept)):
-                self.pictures[place] = pixels
-                if progress is not None and ((place + 1) % 500 == 0 or place + 1 == len(kept)):
-                    progress(place + 1, len(kept))
+        self._stored = round(side * _MARGIN)
+        self._rows = [row for row, _ in kept]
+        self._pool = ThreadPoolExecutor()
+        self._pictures: torch.Tensor | None = None
+        if len(kept) * 3 * self._stored**2 <= cache:
+            self._pictures = self._decoded(self._rows, progress)
+            self.decoded_bytes = self._pictures.nbytes
+            self._rows = []
+
+    def _decoded(self, rows: Sequence[PictureRow], progress: Progress | None = None) -> torch.Tensor:
+        pictures = torch.empty((len(rows), 3, self._stored, self._stored), dtype=torch.uint8)
+        for place, pixels in enumerate(self._pool.map(partial(_decode, side=self._stored), rows)):
+            pictures[place] = pixels
+            if progress is not None and ((place + 1) % 500 == 0 or place + 1 == len(rows)):
+                progress(place + 1, len(rows))
+        return pictures
 
     def draw(self, rows: NDArray[np.int64], rng: np.random.Generator, side: int, augment: Augment | None) -> TrainBatch:
         """Some rows."""
         count = len(rows)
-        pictures = self.pictures[torch.from_numpy(rows)]
+        if self._pictures is None:
+            pictures = self._decoded([self._rows[row] for row in rows])
+        else:
+            pictures = self._pictures[torch.from_numpy(rows)]
         if augment is None:
             pixels = torch.nn.functional.interpolate(
                 pictures.float(), (side, side), mode="bilinear", antialias=True, align_corners=False
@@ -220,45 +285,90 @@ class PictureSamples(Samples):
         return TrainBatch(pixels, texts, [None] * count, ids, ids[:, None] == ids[None, :])
 
 
-def _decode(data: bytes, side: int) -> torch.Tensor:
-    """(3, side, side) uint8, squashed as BLIP's own preprocessing does."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (side, side))
-        small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+def _decode(row: PictureRow, side: int) -> torch.Tensor:
+    """(3, side, side) uint8, upright and squashed as BLIP's own preprocessing does."""
+    try:
+        with Image.open(io.BytesIO(row.read())) as image:
+            image.draft("RGB", (side, side))
+            ImageOps.exif_transpose(image, in_place=True)
+            small = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
+        raise ConfigError(
+            f"data: the image {row.name} cannot be read ({type(error).__name__}: {error}); mend it or take it out of "
+            "the data"
+        ) from error
     return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
 
 
 def _coco_rows(data: CocoData) -> list[PictureRow]:
     try:
         record = json.loads(data.captions.read_text(encoding="utf-8"))
-        images = {entry["id"]: entry["file_name"] for entry in record["images"]}
+        images = sorted({entry["id"]: Path(entry["file_name"]) for entry in record["images"]}.items())
         texts: dict[int, list[str]] = {}
         for entry in record["annotations"]:
-            texts.setdefault(entry["image_id"], []).append(entry["caption"])
+            if entry["caption"] is not None:
+                texts.setdefault(entry["image_id"], []).append(str(entry["caption"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"data.captions: {data.captions} is no file of COCO captions ({error!r})") from error
+        raise ConfigError(
+            f"data.captions: {data.captions} is no file of COCO captions ({error!r}); it must hold images with id and "
+            "file_name, and annotations with image_id and caption"
+        ) from error
     rows = []
-    for key, name in sorted(images.items()):
-        path = data.images / Path(name).name
-        if not path.is_file():
-            raise ConfigError(f"data.images: there is no {path}, which {data.captions} names; correct data.images")
-        rows.append(PictureRow(path.read_bytes, tuple(texts.get(key, ())), str(key)))
+    for key, name in images:
+        inside = not name.is_absolute() and ".." not in name.parts
+        places = [data.images / name, data.images / name.name] if inside else [data.images / name.name]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise ConfigError(f"data.images: there is no {places[0]}, which {data.captions} names; correct data.images")
+        rows.append(PictureRow(str(path), path.read_bytes, tuple(texts.get(key, ())), str(key)))
     return rows
 
 
-def _dataset_rows(data: DatasetData) -> list[PictureRow]:
+class _Spool:
+    """Image files one after the other in a file without a name, which is gone when nothing reads it any more.
+
+    Raises:
+        ConfigError: by `put`, the file cannot grow.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder or Path(tempfile.gettempdir())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            self._handle = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._handle)
+        self._end = 0
+
+    def put(self, data: Any) -> Callable[[], bytes]:
+        """Append the bytes of a buffer; how to read them again, from any thread."""
+        start, view = self._end, memoryview(data)
+        while view:
+            try:
+                written = os.write(self._handle, view)
+            except OSError as error:
+                raise ConfigError(
+                    f"work: the image files of the dataset do not fit into {self._folder} ({error.strerror}); name "
+                    "another folder as work"
+                ) from error
+            view, self._end = view[written:], self._end + written
+        return partial(self._read, start, self._end - start)
+
+    def _read(self, start: int, size: int) -> bytes:
+        return os.pread(self._handle, size, start)
+
+
+def _dataset_rows(data: DatasetData, work: Path | None) -> list[PictureRow]:
     from pairmill.export.selection import Selection
     from pairmill.store import Dataset
 
     rows = []
+    spool = _Spool(work)
     with Selection(Dataset(data.path).snapshot(data.snapshot), data.where, 1000) as selection:
         for group in selection.groups:
             for metadata, images in selection.images(selection.metadata(group)):
                 for row, image in zip(metadata.to_pylist(), images, strict=True):
                     texts = tuple(entry["text"] for entry in row["texts"] or () if entry["text"])
                     identity = row.get("cluster") or row["uid"]
-                    # the bytes are copied once, so that no table of a shard is held for them
-                    rows.append(PictureRow(image.to_pybytes, texts, identity))
+                    rows.append(PictureRow(f"{row['uid']} of {data.path}", spool.put(image), texts, identity))
     return rows
 
 
@@ -271,6 +381,17 @@ class SeveralSamples(Samples):
         offsets = np.cumsum([0, *(int(part.ids.max()) + 1 for part in parts)])
         self._offsets = offsets
         self.ids = np.concatenate([part.ids + offset for part, offset in zip(parts, offsets, strict=False)])
+        self.texts = [part.texts for part in parts]
+        self.decoded_bytes = sum(part.decoded_bytes for part in parts)
+
+    @property
+    def kin(self) -> NDArray[np.int64]:
+        """That of each source; of different sources it is different."""
+        return np.concatenate([part.kin + offset for part, offset in zip(self._parts, self._offsets, strict=False)])
+
+    def fingerprint(self) -> str:
+        """Of all sources, in their order."""
+        return hashlib.sha256(" ".join(part.fingerprint() for part in self._parts).encode()).hexdigest()
 
     def draw(self, rows: NDArray[np.int64], rng: np.random.Generator, side: int, augment: Augment | None) -> TrainBatch:
         """Some rows, those of one source next to each other."""
@@ -331,22 +452,22 @@ class ProceduralSamples(Samples):
                         self._false[row, column, place] = self._add(prepare_text(changed))
             if progress is not None and (row + 1) % 1000 == 0:
                 progress(row + 1, data.scenes)
+        self.decoded_bytes = self.pictures.nbytes
         self._scenes = scene_table(drawn)
         self._claims = claim_table(self.texts)
+
+    @property
+    def kin(self) -> NDArray[np.int64]:
+        """Twins are of one kin."""
+        return self.ids // 2
+
+    def groups(self) -> NDArray[np.int64]:
+        """(pairs, 2): twins stand in one batch."""
+        return np.arange(len(self)).reshape(-1, 2)
 
     def _add(self, text: str) -> int:
         self.texts.append(text)
         return len(self.texts) - 1
-
-    def batch(self, *, seed: int, step: int, size: int, side: int, augment: Augment) -> TrainBatch:
-        """As `Samples.batch`, with twins in one batch."""
-        pairs = len(self) // 2
-        wanted = max(1, min(size // 2, pairs))
-        epoch, place = divmod(step, pairs // wanted)
-        order = np.random.default_rng((seed, 1 << 40, epoch)).permutation(pairs)
-        chosen = order[place * wanted : (place + 1) * wanted]
-        rows = np.concatenate([2 * chosen, 2 * chosen + 1])
-        return self.draw(rows, np.random.default_rng((seed, step)), side, augment)
 
     def draw(self, rows: NDArray[np.int64], rng: np.random.Generator, side: int, augment: Augment | None) -> TrainBatch:
         """Some rows."""

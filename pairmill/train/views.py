@@ -27,7 +27,8 @@ def make_views(
         limits: (n, 4) what a crop may take off left, top, right and bottom at most, as fractions of the side.
         mirrored: (n,) which views are flipped left to right.
         side: pixels.
-        strength: 0 to 1, how often a view is cropped, and how much it is recoloured and noised.
+        strength: 0 to 1, how often a view is cropped, and how much it is recoloured; above 0 it is noised and sharpened
+            or softened, too.
         largest_crop: what a crop may take off both ends of a side together, as a fraction of it.
     """
     count = len(pictures)
@@ -44,10 +45,11 @@ def make_views(
     views = functional.grid_sample(pictures.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     gain = torch.from_numpy(rng.normal(1, 0.025 * strength, (count, 3, 1, 1)).astype(np.float32))
     shift = torch.from_numpy(rng.normal(0, 4 * strength, (count, 1, 1, 1)).astype(np.float32))
-    amount = rng.choice([0.0, 1.0, 3.0], (count, 1, 1, 1)).astype(np.float32)
+    changes = float(strength > 0)  # all is drawn whatever the strength, so that a seed's other draws stay the same
+    amount = changes * rng.choice([0.0, 1.0, 3.0], (count, 1, 1, 1)).astype(np.float32)
     chance = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
     noise = torch.randn((count, 3, side, side), generator=chance) * torch.from_numpy(amount)
-    sharpen = torch.from_numpy(rng.uniform(-0.5, 0.5, (count, 1, 1, 1)).astype(np.float32))
+    sharpen = torch.from_numpy(changes * rng.uniform(-0.5, 0.5, (count, 1, 1, 1)).astype(np.float32))
     blurred = functional.avg_pool2d(views, 3, stride=1, padding=1, count_include_pad=False)
     views = views + sharpen * (views - blurred)
     return ((views * gain + shift + noise).clamp(0, 255) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
