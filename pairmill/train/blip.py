@@ -13,7 +13,16 @@ import torch
 import yaml
 
 from pairmill.train.blip_card import write_card
-from pairmill.train.blip_model import CAPTIONER, FILTER, WEIGHTS_NAME, Blip, open_blip, save_blip, write_text
+from pairmill.train.blip_model import (
+    CAPTIONER,
+    FILTER,
+    TRAINED_BESIDE,
+    WEIGHTS_NAME,
+    Blip,
+    open_blip,
+    save_blip,
+    write_text,
+)
 from pairmill.train.captioner import CaptionTask, TrainCaptionerConfig
 from pairmill.train.curves import draw_curves
 from pairmill.train.fit import (
@@ -65,6 +74,7 @@ def train_captioner(config: TrainCaptionerConfig, *, progress: Report | None = N
 
     Raises:
         ConfigError: the data, the model or a checkpoint in the work folder is not what the config says.
+        PairmillError: the loss is no number any more.
     """
     return _train(config, CAPTIONER, lambda blip, rows: CaptionTask(blip, config), progress)  # noqa: ARG005
 
@@ -78,18 +88,24 @@ def _train(
     config: FitConfig, kind: str, make_task: Callable[[Blip, int], Task], progress: Report | None
 ) -> TrainReport:
     report = progress or (lambda _: None)
-    config.out.mkdir(parents=True, exist_ok=True)
+    work = config.work or config.out
+    for folder in (config.out, work):
+        folder.mkdir(parents=True, exist_ok=True)
     with torch_threads(config.threads):
         blip = open_blip(config, kind)
         samples = open_samples(
-            config.data, blip.image_size, lambda done, total: report(TrainProgress("pictures", done, total))
+            config.data,
+            blip.image_size,
+            lambda done, total: report(TrainProgress("pictures", done, total)),
+            cache=config.cache,
+            work=work,
         )
         train, held = samples.split(config.holdout)
         task = make_task(blip, len(train))
         fitted = fit(task, samples, config, blip.image_size, report)
+        save_blip(blip, config.out, half=config.save == "fp16")
         report(TrainProgress("evaluate", 0, 1))
         figures = measure(task, samples, held, config) if len(held) else {}
-        save_blip(blip, config.out, half=config.save == "fp16")
         metrics = _metrics(config, kind, blip, samples, fitted, figures, len(train), len(held))
     write_text(config.out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     write_text(config.out / "history.json", json.dumps(fitted.history) + "\n")
@@ -117,7 +133,9 @@ def _metrics(
 
     found: dict[str, Any] = {
         "kind": kind,
-        "parameters": sum(value.numel() for value in blip.model.parameters()),
+        "parameters": sum(
+            value.numel() for name, value in blip.model.named_parameters() if not name.startswith(TRAINED_BESIDE)
+        ),
         "images": len(samples),
         "trained_on": trained_on,
         "held_out": held_out,

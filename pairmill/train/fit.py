@@ -1,7 +1,8 @@
 """The training loop that captioners and filters share: AdamW or Muon, cosine, accumulation, checkpoints, curves.
 
 A task says what the losses of a batch are; `fit` does the rest. Everything the next step depends on is in the
-checkpoint, so a training that was interrupted ends with the weights of one that was not, bit for bit on one machine.
+checkpoint, and dropout has a seed for each step, so a training that was interrupted ends with the weights of one that
+was not: bit for bit on a CPU. A GPU's kernels may add in another order from run to run.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from pairmill.errors import ConfigError
+from pairmill.errors import ConfigError, PairmillError
 from pairmill.models import resolve_device
-from pairmill.train.samples import Augment, ProceduralData, Samples, TrainBatch, TrainData
-from schemas.config import ModelChoice, Section
+from pairmill.train.samples import CACHE_BYTES, Augment, ProceduralData, Samples, TrainBatch, TrainData
+from schemas.config import ModelChoice, Quantity, Section
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 REPORT_EVERY_S = 1.0
@@ -39,8 +41,16 @@ _HIDDEN = re.compile(r"\.layers?\.\d+\.")
 class Scratch(Section):
     """A BLIP built anew: transformers' own keys for its two towers."""
 
-    vision: dict[str, Any] = Field(default_factory=dict, description="of BlipVisionConfig; empty: BLIP-base")
-    text: dict[str, Any] = Field(default_factory=dict, description="of BlipTextConfig; empty: BLIP-base")
+    vision: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of BlipVisionConfig; without them transformers' defaults (12 layers of width 768, 12 heads, "
+        "384 pixels in patches of 16), but weights drawn with a deviation of 0.02",
+    )
+    text: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keys of BlipTextConfig; without them transformers' defaults (12 layers of width 768, 8 heads, "
+        "where BLIP-base has 12) for the tokenizer's vocabulary",
+    )
     projection: int = Field(256, gt=0, description="width of the embedding that the contrastive loss compares")
     positions: Literal["random", "sincos"] = Field(
         "random", description="of the image's patches, at the start: sincos gives each its row and column as waves"
@@ -55,8 +65,13 @@ class FitConfig(Section):
 
     out: Path = Field(description="folder to write the model, its card, curves and metrics to")
     work: Path | None = Field(None, description="folder for the checkpoint; null: the out folder")
-    seed: int = Field(0, description="the only source of chance")
+    seed: int = Field(0, ge=0, lt=1 << 32, description="the only source of chance")
     data: TrainData = Field(ProceduralData(), description="what is learnt from")
+    cache: Quantity = Field(
+        CACHE_BYTES,
+        description="decoded pictures that are kept in memory, at most; a source that does not fit is decoded anew for "
+        "each batch",
+    )
     holdout: float = Field(0.05, ge=0, lt=1, description="share of the images that is only measured on")
     model: ModelChoice | None = Field(None, description="checkpoint to start from; null: from scratch")
     scratch: Scratch | None = Field(None, description="or a model built anew")
@@ -93,7 +108,8 @@ class FitConfig(Section):
 
     def step_count(self, rows: int) -> int:
         """Optimizer steps for so many training images."""
-        return self.steps or max(1, round((self.epochs or 0) * rows / (self.batch * self.accumulate)))
+        images = min(self.batch, rows) * self.accumulate
+        return self.steps or max(1, round((self.epochs or 0) * rows / images))
 
 
 @dataclass(frozen=True)
@@ -148,40 +164,34 @@ class Fitted:
 
 
 def fit(task: Task, samples: Samples, config: FitConfig, side: int, report: Report) -> Fitted:
-    """Train a task's model on a source's training rows; goes on from a checkpoint of the same config.
+    """Train a task's model on a source's training rows; goes on from a checkpoint of the same config and data.
 
     Args:
         side: of the model's input, pixels.
         report: told about once a second; may raise to interrupt.
 
     Raises:
-        ConfigError: a checkpoint of another config lies in the work folder.
+        ConfigError: a checkpoint of another config or of other data lies in the work folder.
+        PairmillError: the loss or its gradient is no number any more; the last checkpoint stays.
     """
     train, held = samples.split(config.holdout)
-    view = _Rows(samples, train)
+    view = Rows(samples, train)
     steps = config.step_count(len(view))
-    trainer = _Trainer(task, config, steps)
+    trainer = _Trainer(task, config, steps, samples.fingerprint())
     checkpoint = (config.work or config.out) / CHECKPOINT_NAME
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trainer.resume(checkpoint)
     begun, first, told = time.monotonic(), trainer.step, 0.0
     every = max(1, steps // 400)
-    sums: dict[str, float] = {}
-    summed = 0
     with _interrupts_between_steps() as interrupted:
         while trainer.step < steps:
             lr, terms = trainer.update(view, side)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
-            summed += 1
-            entry: dict[str, float] = {}
             if trainer.step % every == 0 or trainer.step == steps:
-                entry = {"step": trainer.step, "lr": lr, **{name: value / summed for name, value in sums.items()}}
-                sums, summed = {}, 0
-                trainer.history.append(entry)
+                trainer.history.append({"step": trainer.step, "lr": lr, **trainer.means()})
             if config.evaluate_every and trainer.step % config.evaluate_every == 0 and len(held):
                 figures = measure(task, samples, held, config)
-                trainer.history.append({"step": trainer.step, **{f"eval_{k}": v for k, v in figures.items()}})
+                if figures:
+                    trainer.history.append({"step": trainer.step, **{f"eval_{k}": v for k, v in figures.items()}})
             if trainer.step % config.checkpoint_every == 0:
                 trainer.save(checkpoint, time.monotonic() - begun)
             now = time.monotonic()
@@ -236,11 +246,13 @@ def forget_checkpoint(config: FitConfig) -> None:
 
 
 def measure(task: Task, samples: Samples, held: Any, config: FitConfig) -> dict[str, float]:
-    """The task's figures on held-out rows, with the model in evaluation mode."""
+    """The task's figures on held-out rows, with the model in evaluation mode. Where there are more rows than are to be
+    measured, the same ones are drawn each time."""
+    chosen = np.sort(np.random.default_rng(len(held)).permutation(held)[: config.evaluation_images])
     task.model.eval()
     try:
         with torch.inference_mode():
-            return task.evaluate(samples, held[: config.evaluation_images])
+            return task.evaluate(samples, chosen)
     finally:
         task.model.train()
 
@@ -263,38 +275,47 @@ def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
 
 
 def device_of(config: FitConfig) -> str:
-    """The device that the config asks for."""
-    return resolve_device(config.device)
+    """The device that the config asks for.
+
+    Raises:
+        ConfigError: cuda, and there is none.
+    """
+    return resolve_device(config.device, "device")
 
 
-class _Rows(Samples):
-    """Some rows of a source. Twins of scenes stand next to each other and are split together or not at all."""
+class Rows(Samples):
+    """Some rows of a source, in rising order. Its groups are those of the source that are there as a whole."""
 
     def __init__(self, samples: Samples, rows: Any) -> None:
         self._samples = samples
-        self._all = len(rows) == len(samples)
         self._rows = rows
         self.ids = samples.ids[rows]
+        self.texts = samples.texts
+        groups = samples.groups()
+        whole = np.isin(groups, rows).all(axis=1)
+        self._groups = np.searchsorted(rows, groups[whole])
+
+    def groups(self) -> Any:
+        """Those of the source, as positions here."""
+        return self._groups
 
     def draw(self, rows: Any, rng: Any, side: int, augment: Augment | None) -> TrainBatch:
         """Some of the rows."""
         return self._samples.draw(self._rows[rows], rng, side, augment)
 
-    def batch(self, *, seed: int, step: int, size: int, side: int, augment: Augment) -> TrainBatch:
-        """The batch of a step: in the source's own way where all rows are trained on."""
-        if self._all:
-            return self._samples.batch(seed=seed, step=step, size=size, side=side, augment=augment)
-        return super().batch(seed=seed, step=step, size=size, side=side, augment=augment)
-
 
 class _Trainer:
     """Model, optimizer, step, history and time spent; a checkpoint holds them all."""
 
-    def __init__(self, task: Task, config: FitConfig, steps: int) -> None:
+    def __init__(self, task: Task, config: FitConfig, steps: int, data: str) -> None:
         self.task, self.config, self.steps = task, config, steps
+        self.data = data
+        """The fingerprint of what is trained on."""
         self.step = 0
         self.seconds_before = 0.0
         self.history: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self._summed = 0
         named = [(name, value) for name, value in task.model.named_parameters() if value.requires_grad]
         self.parameters = [value for _, value in named]
         muon = [
@@ -324,8 +345,18 @@ class _Trainer:
         done = (self.step - config.warmup) / max(1, self.steps - config.warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
 
+    def means(self) -> dict[str, float]:
+        """The mean of each loss term over the steps since the last call."""
+        found = {name: value / self._summed for name, value in self._sums.items()}
+        self._sums, self._summed = {}, 0
+        return found
+
     def update(self, samples: Samples, side: int) -> tuple[float, dict[str, float]]:
-        """One optimizer step; the learning rate, and the mean of each loss term."""
+        """One optimizer step; the learning rate, and the mean of each loss term.
+
+        Raises:
+            PairmillError: the loss or its gradient is no number; nothing is changed then.
+        """
         config = self.config
         device = next(self.task.model.parameters()).device
         self.task.model.train()
@@ -338,17 +369,26 @@ class _Trainer:
             count = self.step * config.accumulate + micro
             batch = samples.batch(seed=config.seed, step=count, size=config.batch, side=side, augment=config.augment)
             chance = torch.Generator().manual_seed(config.seed * 1_000_003 + count)
+            torch.manual_seed(config.seed * 1_000_003 + count)  # dropout draws from here
             with autocast(device.type, config.precision):
                 losses = self.task.losses(batch, count, chance)
             (losses["loss"] / config.accumulate).backward()
             for name, value in losses.items():
                 terms[name] = terms.get(name, 0.0) + float(value.detach()) / config.accumulate
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
+        if not (math.isfinite(terms["loss"]) and math.isfinite(norm)):
+            raise PairmillError(
+                f"training diverged: at step {self.step + 1} of {self.steps} the loss is {terms['loss']} and the norm "
+                f"of its gradient {norm}. Lower lr (or muon_lr) or raise warmup and start anew; a checkpoint in "
+                f"{config.work or config.out} is of an earlier step"
+            )
         for optimizer, _, _ in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self._summed += 1
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
         self.task.after_update(self.step)
         return rate * config.lr, terms
 
@@ -366,23 +406,35 @@ class _Trainer:
         metadata = {
             "step": str(self.step),
             "config": digest(self.config),
+            "data": self.data,
             "seconds": f"{self.seconds_before + seconds:.1f}",
             "history": json.dumps(self.history),
+            "sums": json.dumps([self._sums, self._summed]),
         }
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, partial, metadata=metadata)
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Load a checkpoint if there is one."""
-        from safetensors import safe_open
+        """Load a checkpoint if there is one.
+
+        Raises:
+            ConfigError: it is of another config or of other data, or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
 
         if not path.exists():
             return
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            if metadata["config"] != digest(self.config):
-                raise ConfigError(f"{path} is a checkpoint of another config: delete it or choose another work folder")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        way_out = "delete it or choose another work folder"
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("config") != digest(self.config):
+                    raise ConfigError(f"{path} is a checkpoint of another config: {way_out}")
+                if metadata.get("data") != self.data:
+                    raise ConfigError(f"{path} is a checkpoint of other data, whose images or texts differ: {way_out}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is damaged or cut off ({error}): {way_out}") from error
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "extra": {}, "optimizer": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
@@ -400,6 +452,7 @@ class _Trainer:
         self.step = int(metadata["step"])
         self.seconds_before = float(metadata["seconds"])
         self.history = json.loads(metadata["history"])
+        self._sums, self._summed = json.loads(metadata["sums"])
 
 
 def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -407,7 +460,17 @@ def _untied(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-_NO_PART = ("out", "work", "checkpoint_every", "evaluate_every", "evaluation_images", "device", "threads", "save")
+_NO_PART = (
+    "out",
+    "work",
+    "cache",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluation_images",
+    "device",
+    "threads",
+    "save",
+)
 
 
 def digest(config: FitConfig) -> str:
