@@ -2,7 +2,7 @@
 again on the result.
 
 BLIP (arXiv:2201.12086), section 3.3. Each step leaves a folder and is skipped when its folder is there and was made
-from the same config, so an interrupted loop goes on where it stopped:
+from the same config, model and data, so an interrupted loop goes on where it stopped:
 
 ::
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +24,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from pairmill.config_file import parse_config
+from pairmill.errors import ConfigError
 from pairmill.report.progress import Reporter
 from pairmill.run import RunReport, refresh
+from pairmill.store import Dataset
 from pairmill.train.blip import TrainReport, train_captioner, train_filter
+from pairmill.train.blip_model import model_ref
 from pairmill.train.captioner import TrainCaptionerConfig
 from pairmill.train.fit import FitConfig, Report
 from pairmill.train.itm import TrainFilterConfig
-from pairmill.train.samples import DatasetData, SeveralData, SingleData
+from pairmill.train.samples import CocoData, DatasetData, SeveralData, SingleData, TrainData
 from schemas.config import RunConfig, Section
 
 PRETRAINED = "pretrained"
@@ -67,7 +70,7 @@ class LoopReport:
 
 
 def run_loop(config: LoopConfig, reporter: Reporter, progress: Report) -> LoopReport:
-    """Run what is not done yet.
+    """Run what is not done yet. All configs are read before the first of it.
 
     Args:
         reporter: told about the run.
@@ -76,19 +79,23 @@ def run_loop(config: LoopConfig, reporter: Reporter, progress: Report) -> LoopRe
     Raises:
         PairmillError: as `train_captioner`, `train_filter` and `pairmill.run.refresh`.
     """
-    out = config.out
-    train = _Trainings(config, progress, reporter)
-    pretrained = None
-    if config.pretrain is not None:
-        pretrained = train.one("captioner", config.pretrain, out / PRETRAINED, None)
-    captioner = train.one("captioner", config.captioner, out / "captioner", config.curated)
-    filter_ = train.one("filter", config.filter, out / "filter", config.curated)
-    reporter.note("captioning and filtering the noisy set")
     settings = noisy_run(config)
+    kept = DatasetData(path=settings.dataset)
+    pretrain = None if config.pretrain is None else _training(config, "captioner", "pretrain", config.pretrain, None)
+    first = _training(config, "captioner", "captioner", config.captioner, config.curated)
+    second = _training(config, "filter", "filter", config.filter, config.curated)
+    _training(config, config.again_kind, "again", config.again, kept)  # the snapshot is not there yet
+
+    def train(one: FitConfig) -> TrainReport | None:
+        return _once(one, reporter, progress)
+
+    pretrained = None if pretrain is None else train(pretrain)
+    captioner, filter_ = train(first), train(second)
+    reporter.note("captioning and filtering the noisy set")
     run = refresh(settings, reporter)
     kept = DatasetData(path=settings.dataset, snapshot=run.snapshot.id if run.snapshot else None)
     data = SeveralData(parts=(config.curated, kept)) if config.with_curated else kept
-    again = train.one(config.again_kind, config.again, out / "again", data)
+    again = train(_training(config, config.again_kind, "again", config.again, data))
     return LoopReport(pretrained, captioner, filter_, run, again)
 
 
@@ -96,10 +103,15 @@ def noisy_run(config: LoopConfig) -> RunConfig:
     """The config of the run over the noisy set, with the two trained models in it.
 
     Raises:
-        ConfigError: a key of `run` is wrong.
+        ConfigError: a key of `run` is wrong, or one that the loop itself gives.
     """
+    _refuse("run", config.run, "dataset")
+    given = config.run.get("models") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"run.models: expected keys such as clip and device (given: {given!r})")
+    _refuse("run.models", given, "captioner", "itm")
     models = {
-        **config.run.get("models", {}),
+        **given,
         "captioner": {"path": str(config.out / "captioner")},
         "itm": {"path": str(config.out / "filter")},
     }
@@ -107,36 +119,68 @@ def noisy_run(config: LoopConfig) -> RunConfig:
     return parse_config(RunConfig, data, "run")
 
 
-@dataclass(frozen=True)
-class _Trainings:
-    """The trainings of a loop, each done once."""
+def _refuse(where: str, given: Mapping[str, Any], *reserved: str) -> None:
+    """Raise `ConfigError` if a key is given that the loop itself puts in."""
+    for key in reserved:
+        if key in given:
+            raise ConfigError(f"{where}.{key}: the loop itself says what this is; leave it out")
 
-    config: LoopConfig
-    progress: Report
-    reporter: Reporter
 
-    def one(
-        self, kind: str, keys: dict[str, Any], out: Path, data: SingleData | SeveralData | None
-    ) -> TrainReport | None:
-        """Train unless the folder holds the result of the same config.
+def _training(
+    config: LoopConfig, kind: str, section: str, keys: dict[str, Any], data: SingleData | SeveralData | None
+) -> FitConfig:
+    """The config of one of the trainings.
 
-        Raises:
-            ConfigError: a key is wrong.
-        """
-        given = {**keys, "out": str(out)}
-        if data is not None:
-            given["data"] = data.model_dump(mode="json")
-        if self.config.pretrain is not None and out.name != PRETRAINED and not {"model", "scratch"} & set(keys):
-            given["model"] = {"path": str(self.config.out / PRETRAINED)}
-        model: type[FitConfig] = TrainCaptionerConfig if kind == "captioner" else TrainFilterConfig
-        config = parse_config(model, given, out.name)
-        digest = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-        done = out / _DONE
-        if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["digest"] == digest:
-            self.reporter.note(f"{out} is trained already")
-            return None
-        self.reporter.note(f"training {out}")
-        train: Callable[..., TrainReport] = train_captioner if kind == "captioner" else train_filter
-        report = train(config, progress=self.progress)
-        done.write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
-        return report
+    Raises:
+        ConfigError: a key is wrong, or one that the loop itself gives.
+    """
+    pretrains = section == "pretrain"
+    _refuse(section, keys, *(("out",) if pretrains else ("out", "data")))
+    given = {**keys, "out": str(config.out / (PRETRAINED if pretrains else section))}
+    if data is not None:
+        given["data"] = data.model_dump(mode="json")
+    if config.pretrain is not None and not pretrains and not {"model", "scratch"} & set(keys):
+        given["model"] = {"path": str(config.out / PRETRAINED)}
+    return parse_config(TrainCaptionerConfig if kind == "captioner" else TrainFilterConfig, given, section)
+
+
+def _once(config: FitConfig, reporter: Reporter, progress: Report) -> TrainReport | None:
+    """Train unless the folder holds the result of the same config, model and data."""
+    digest = _digest(config)
+    done = config.out / _DONE
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["digest"] == digest:
+        reporter.note(f"{config.out} is trained already")
+        return None
+    reporter.note(f"training {config.out}")
+    train: Callable[..., TrainReport] = train_captioner if isinstance(config, TrainCaptionerConfig) else train_filter
+    report = train(config, progress=progress)
+    done.write_text(json.dumps({"digest": digest}) + "\n", encoding="utf-8")
+    return report
+
+
+def _digest(config: FitConfig) -> str:
+    """sha256 (hex) of a training's config and of what lies where it points: the model, captions, a snapshot.
+
+    Raises:
+        ConfigError: something is not there.
+    """
+    inputs = {
+        "config": config.model_dump(mode="json"),
+        "model": None if config.model is None else model_ref(config.model).identity(),
+        "data": _contents(config.data),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _contents(data: TrainData) -> Any:
+    """What the texts of a source are, where its config alone does not say so."""
+    if isinstance(data, SeveralData):
+        return [_contents(part) for part in data.parts]
+    if isinstance(data, CocoData):
+        try:
+            return hashlib.sha256(data.captions.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(
+                f"data.captions: {data.captions} cannot be read ({error.strerror}); correct the path"
+            ) from error
+    return Dataset(data.path).snapshot(data.snapshot).record.id if isinstance(data, DatasetData) else None
