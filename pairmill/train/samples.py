@@ -60,6 +60,13 @@ class ProceduralData(Section):
     relations: float | None = Field(
         None, ge=0, le=1, description="share of captions that say how objects stand to each other; null: as they come"
     )
+    located: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of captions that list all objects with column and row of their centres, 0 to 7: who writes "
+        "them learns to look where things are",
+    )
     seed: int = 0
 
 
@@ -416,6 +423,8 @@ class SeveralSamples(Samples):
 _NEGATIVE_WEIGHTS = np.array([{"shape": 1.5, "relation": 4.0}.get(kind, 1.0) for kind in CORRUPTIONS])
 """How often a caption is corrupted in each way that it allows: few captions speak of relations, and a changed relation
 is the hardest to see."""
+_CELLS = 8
+_PLACE = re.compile(r"\b(\d) (\d)\b")
 _RELATION_FORMS = ("relation", "relation", "sentence", "full", "referring", "chain")
 _PLAIN_FORMS = tuple(form for form in FORMS if form not in _RELATION_FORMS)
 _LEFT_OR_RIGHT = re.compile(r"\b(left|right)\b")
@@ -436,6 +445,7 @@ class ProceduralSamples(Samples):
         self._true = np.empty((data.scenes, data.captions), dtype=np.int64)
         self._false = np.full((data.scenes, data.captions, len(CORRUPTIONS)), -1, dtype=np.int64)
         self.texts: list[str] = []
+        claims: list[str] = []
         drawn: list[Scene] = []
         for row in range(data.scenes):
             scene = sample_scene(rng) if row % 2 == 0 else twin(drawn[-1], rng)
@@ -444,17 +454,24 @@ class ProceduralSamples(Samples):
             boxes = np.array(scene.boxes(1, 1))
             self._margins[row] = (*boxes[:, :2].min(axis=0), *(1 - boxes[:, 2:].max(axis=0)))
             for column in range(data.captions):
-                caption = prepare_text(as_typed(describe(scene, rng, _form(data.relations, rng)), rng))
-                self._true[row, column] = self._add(caption)
+                if data.located and rng.random() < data.located:
+                    caption, shown = _located(scene, rng)
+                else:
+                    caption = shown = prepare_text(as_typed(describe(scene, rng, _form(data.relations, rng)), rng))
+                self._true[row, column] = len(claims)
+                claims.append(caption)
+                self.texts.append(shown)
                 for place, kind in enumerate(CORRUPTIONS):
                     changed = corrupt(caption, scene, kind, rng)
                     if changed is not None:
-                        self._false[row, column, place] = self._add(prepare_text(changed))
+                        self._false[row, column, place] = len(claims)
+                        claims.append(prepare_text(changed))
+                        self.texts.append(claims[-1])
             if progress is not None and (row + 1) % 1000 == 0:
                 progress(row + 1, data.scenes)
         self.decoded_bytes = self.pictures.nbytes
         self._scenes = scene_table(drawn)
-        self._claims = claim_table(self.texts)
+        self._claims = claim_table(claims)
 
     @property
     def kin(self) -> NDArray[np.int64]:
@@ -464,10 +481,6 @@ class ProceduralSamples(Samples):
     def groups(self) -> NDArray[np.int64]:
         """(pairs, 2): twins stand in one batch."""
         return np.arange(len(self)).reshape(-1, 2)
-
-    def _add(self, text: str) -> int:
-        self.texts.append(text)
-        return len(self.texts) - 1
 
     def draw(self, rows: NDArray[np.int64], rng: np.random.Generator, side: int, augment: Augment | None) -> TrainBatch:
         """Some rows."""
@@ -499,7 +512,20 @@ def _form(relations: float | None, rng: random.Random) -> str | None:
     return rng.choice(_RELATION_FORMS if rng.random() < relations else _PLAIN_FORMS)
 
 
+def _located(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A list of all objects, and the same with column and row behind each."""
+    things = rng.sample(list(zip(scene.objects, scene.boxes(1, 1), strict=True)), len(scene.objects))
+    plain, shown = [], []
+    for thing, (x1, y1, x2, y2) in things:
+        name = f"a {thing.size} {thing.colour} {thing.shape}"
+        column, row = (min(_CELLS - 1, int((a + b) / 2 * _CELLS)) for a, b in ((x1, x2), (y1, y2)))
+        plain.append(name)
+        shown.append(f"{name} {column} {row}")
+    return ", ".join(plain), ", ".join(shown)
+
+
 def _mirrored(text: str, flip: Any) -> str:
     if not flip:
         return text
+    text = _PLACE.sub(lambda match: f"{_CELLS - 1 - int(match[1])} {match[2]}", text)
     return _LEFT_OR_RIGHT.sub(lambda match: "right" if match[1] == "left" else "left", text)

@@ -24,7 +24,7 @@ from pairmill.cli import _TrainingLines
 from pairmill.config_file import parse_config
 from pairmill.errors import ConfigError, PairmillError
 from pairmill.procedural.captions import describe, is_true
-from pairmill.procedural.scene import render, sample_scene
+from pairmill.procedural.scene import COLOURS, SHAPES, render, sample_scene
 from pairmill.report.progress import Silent
 from pairmill.train.blip import train_captioner, train_filter
 from pairmill.train.blip_model import CAPTIONER, FILTER, open_blip
@@ -709,3 +709,19 @@ def test_a_partial_checkpoint_is_an_error(tmp_path: Path):
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match="do not make a whole"):
         open_blip(captioner_config(tmp_path, model={"path": str(tmp_path / "model")}, scratch=None), CAPTIONER)
+
+
+def test_located_captions_say_where_things_are_also_when_mirrored():
+    samples = ProceduralSamples(ProceduralData(scenes=40, captions=2, seed=4, located=1.0), 32)
+    for augment, row in ((None, 3), (Augment(), 3), (Augment(), 8)):
+        batch = samples.draw(np.full(20, row), np.random.default_rng(1), 32, augment)
+        assert bool(batch.fits.diagonal().all())
+        for text, pixels in zip(batch.texts, batch.pixels, strict=True):
+            for thing in text.split(", "):
+                _, size, colour, shape, column, place_row = thing.split()
+                assert size in ("small", "large") and shape in SHAPES
+                found = (pixels.permute(1, 2, 0) * 127.5 + 127.5 - torch.tensor(COLOURS[colour])).abs().amax(2) < 40
+                if text.count(f" {colour} ") > 1 or int(found.sum()) < 6:
+                    continue  # two things of one colour, or one that a background hides
+                rows, columns = (found.nonzero().float().mean(0) / 4).tolist()  # 4 pixels a cell
+                assert abs(columns - 0.5 - int(column)) < 1.8 and abs(rows - 0.5 - int(place_row)) < 1.8
