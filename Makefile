@@ -37,6 +37,7 @@ train-tiny-clip: .venv/.ready ## train the shipped model anew into out/clip-tiny
 
 train-tiny-blip: .venv/.ready ## train the shipped captioner and filter anew into out/, on one core each
 	$(bin)/pairmill train captioner pairmill/weights/captioner-tiny/train.yaml & captioner=$$!; \
+	$(bin)/pairmill train captioner pairmill/weights/itm-tiny/pretrain.yaml && \
 	$(bin)/pairmill train filter pairmill/weights/itm-tiny/train.yaml && wait $$captioner
 
 bench-capfilt: .venv/.ready-dev ## does training on what CapFilt mended beat training on what came? Three seeds
