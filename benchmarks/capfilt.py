@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import io
 import json
 import multiprocessing
@@ -142,12 +143,12 @@ def loop_config(folder: Path, seed: int, scale: float) -> LoopConfig:
 def one_seed(seed: int, images: int, root: str, scale: float) -> dict[str, Any]:
     """Everything for one seed, on one thread; figures of both arms, and of the mending."""
     torch.set_num_threads(1)
-    folder = Path(root) / f"seed-{seed}"
-    result, settings = folder / "result.json", [images, scale, STEPS, CURATED, FALSE_WEB_TEXTS, SCRATCH, FIT]
+    settings = json.dumps([images, scale, STEPS, CURATED, FALSE_WEB_TEXTS, SCRATCH, FIT])
+    folder = Path(root) / hashlib.sha256(settings.encode()).hexdigest()[:8] / f"seed-{seed}"
+    result = folder / "result.json"
     if result.exists():
-        record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        if record.pop("settings") == json.loads(json.dumps(settings)):
-            return record
+        done: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return done
     begin = time.monotonic()
     scenes = make_pool(folder, images, seed)
     config = loop_config(folder, seed, scale)
@@ -166,7 +167,7 @@ def one_seed(seed: int, images: int, root: str, scale: float) -> dict[str, Any]:
     found = {name: figures(path) for name, path in (("raw", folder / "raw"), ("mended", config.out / "again"))}
     found["filter"] = figures(config.out / "filter")
     record = {"seed": seed, "texts": mended, **found, "seconds": round(time.monotonic() - begin)}
-    result.write_text(json.dumps({**record, "settings": settings}), encoding="utf-8")
+    result.write_text(json.dumps(record), encoding="utf-8")
     return record
 
 
@@ -236,6 +237,7 @@ def main() -> None:
         "batch": FIT["batch"],
         "precision": FIT["precision"],
         "seconds": round(time.monotonic() - begin),
+        "seconds_of_all_seeds": sum(r["seconds"] for r in results),
         "mean_and_deviation": summary,
         "seeds": results,
     }
