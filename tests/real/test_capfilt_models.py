@@ -72,7 +72,6 @@ def test_checkpoints_of_the_real_size() -> None:
     assert len(set(flat)) == len(flat) == 10
 
 
-@pytest.mark.skipif(not (tiny_captioner_dir().is_dir() and tiny_itm_dir().is_dir()), reason="no tiny models yet")
 def test_the_tiny_models_over_all_photographs() -> None:
     rows = photographs(80)
     captions = Captions(ModelRef(path=str(tiny_captioner_dir())), count=2, device="cpu")
