@@ -16,7 +16,9 @@ from pairmill.loop import LoopConfig, noisy_run
 from pairmill.plan import compile_plan
 from pairmill.run import load_config, load_recipe
 from pairmill.train.captioner import TrainCaptionerConfig
+from pairmill.train.fit import Scratch
 from pairmill.train.itm import TrainFilterConfig
+from pairmill.train.samples import Augment, CocoData, DatasetData, ProceduralData
 from schemas.config import RunConfig
 
 TEXT = Path("docs/config.md").read_text(encoding="utf-8")
@@ -80,3 +82,15 @@ def test_every_training_example_is_a_config(name: str, model: type[BaseModel]):
 def test_the_configs_of_the_shipped_models_are_valid(name: str):
     model: type[BaseModel] = TrainFilterConfig if name == "itm-tiny/train" else TrainCaptionerConfig
     assert read_config(model, f"pairmill/weights/{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [TrainCaptionerConfig, TrainFilterConfig, LoopConfig, Scratch, Augment, CocoData, DatasetData, ProceduralData],
+)
+def test_every_key_of_a_training_is_documented(model: type[BaseModel]):
+    text = Path("docs/training.md").read_text(encoding="utf-8")
+    missing = [n for n, f in model.model_fields.items() if n != "kind" and f"| `{n}` |" not in text]
+    assert missing == []
+    stale = [f.description for f in model.model_fields.values() if f.description and f.description not in text]
+    assert stale == []
