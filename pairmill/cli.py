@@ -30,7 +30,8 @@ POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
 INTERRUPTED = 130
 
 Config = Annotated[
-    str, typer.Argument(metavar="CONFIG.yaml", help="the config; see docs/config.md, docs/training.md", show_default=False)
+    str,
+    typer.Argument(metavar="CONFIG.yaml", help="the config; see docs/config.md, docs/training.md", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None,
