@@ -39,6 +39,7 @@ from pairmill.stage import (
     quarantined,
 )
 from pairmill.store import PAIRS_TABLE, DataFile, Dataset, ShardWriter, existing_file, read_files
+from pairmill.tombstones import Tombstones
 from schemas import fields
 from schemas.reasons import Reason
 
@@ -139,31 +140,43 @@ class Frame:
         return pa.table({name: self.column(name, rows) for name in wanted})
 
 
+class Scattered:
+    """Values of some rows of a frame: Arrow chunks, and where each row is among them; the last value given counts."""
+
+    def __init__(self, rows: int, kind: pa.DataType) -> None:
+        self._position = np.full(rows, -1, np.int64)
+        self._chunks: list[pa.Array] = []
+        self._rows = 0
+        self._kind = kind
+
+    def add(self, rows: np.ndarray, values: pa.Array) -> None:
+        """The values of these rows of the frame; they replace what was there."""
+        self._position[rows] = self._rows + np.arange(len(rows))
+        self._rows += len(rows)
+        self._chunks.append(values)
+
+    def column(self) -> pa.ChunkedArray:
+        """One value a row of the frame; null where none was given."""
+        index = pa.array(self._position, mask=self._position < 0)
+        return pa.chunked_array(self._chunks, self._kind).take(index)
+
+
 class TextLedger:
-    """What verdicts said of the texts of a frame's pairs: Arrow chunks, and where each row is among them."""
+    """What verdicts said of the texts of a frame's pairs."""
+
+    _PARTS = ((fields.TEXT_RANKS, "ranks"), (fields.TEXT_REASONS, "reasons"), (fields.TEXT_DETAILS, "details"))
 
     def __init__(self, rows: int) -> None:
-        self._position = np.full(rows, -1, np.int64)
-        self._chunks: list[TextOutcomes] = []
-        self._rows = 0
+        self._columns = {part: Scattered(rows, f.type) for f, part in self._PARTS}
 
     def add(self, rows: np.ndarray, outcomes: TextOutcomes) -> None:
         """What was said of these rows of the frame; it replaces what was said before."""
-        self._position[rows] = self._rows + np.arange(len(rows))
-        self._rows += len(rows)
-        self._chunks.append(outcomes)
+        for part, column in self._columns.items():
+            column.add(rows, getattr(outcomes, part))
 
     def columns(self) -> dict[str, pa.ChunkedArray]:
         """The ledger's columns of texts, null for rows of which nothing was said."""
-        index = pa.array(self._position, mask=self._position < 0)
-        return {
-            f.name: pa.chunked_array([getattr(c, part) for c in self._chunks], f.type).take(index)
-            for f, part in (
-                (fields.TEXT_RANKS, "ranks"),
-                (fields.TEXT_REASONS, "reasons"),
-                (fields.TEXT_DETAILS, "details"),
-            )
-        }
+        return {f.name: self._columns[part].column() for f, part in self._PARTS}
 
 
 @dataclass
@@ -174,14 +187,13 @@ class State:
     """bool: not dropped by the steps so far."""
     pending: np.ndarray
     """bool: live, but a stage still lacks its row, so later steps cannot say anything of it."""
-    reason: np.ndarray
-    """str or None."""
-    detail: np.ndarray
-    duplicate_of: np.ndarray
+    reason: Scattered
+    detail: Scattered
+    duplicate_of: Scattered
+    texts: TextLedger
+    """What became of the texts of each pair."""
     todo: dict[int, np.ndarray] = field(default_factory=dict)
     """Rows that the stage with this index in the plan has to compute."""
-    texts: TextLedger = field(default_factory=lambda: TextLedger(0))
-    """What became of the texts of each pair."""
     funnel: list[dict[str, Any]] = field(default_factory=list)
     """One entry a step: step, kind, entered, reasons, left; and texts where the step chose among texts."""
 
@@ -189,12 +201,15 @@ class State:
     def start(cls, frame: Frame) -> State:
         """Before the first step: malformed source rows are dropped already."""
         n = len(frame)
-        reason = np.array(frame.pairs_column("reason").to_pylist(), dtype=object)
-        detail = np.array(frame.pairs_column("detail").to_pylist(), dtype=object)
-        live = np.array([r is None for r in reason], dtype=bool)
-        state = cls(live, np.zeros(n, bool), reason, detail, np.full(n, None, dtype=object), texts=TextLedger(n))
-        counts = Counter(r for r in reason if r is not None)
-        state._record("source", "source", n, counts)
+        reason, detail = (frame.pairs_column(name) for name in ("reason", "detail"))
+        live = pc.is_null(reason).to_numpy()
+        said = (Scattered(n, pa.string()), Scattered(n, pa.string()), Scattered(n, pa.string()))
+        state = cls(live.copy(), np.zeros(n, bool), *said, texts=TextLedger(n))
+        malformed = np.flatnonzero(~live)
+        if len(malformed):
+            state.reason.add(malformed, _flat(reason.take(pa.array(malformed))))
+            state.detail.add(malformed, _flat(detail.take(pa.array(malformed))))
+        state._record("source", "source", n, counted(reason))
         return state
 
     def rows(self) -> np.ndarray:
@@ -203,11 +218,24 @@ class State:
 
     def drop(self, planned: PlannedStep, entered: int, rows: np.ndarray, verdict: Judgement) -> None:
         """Take the rows out that have a reason."""
-        counts = _drop(self, rows, verdict)
+        counts = self._drop(rows, verdict)
         self._record(planned.name, planned.kind, entered, counts)
         if verdict.texts is not None:
             self.texts.add(rows, verdict.texts)
             self.funnel[-1]["texts"] = {k: dict(sorted(v.items())) for k, v in sorted(verdict.texts.counts.items())}
+
+    def _drop(self, rows: np.ndarray, verdict: Judgement) -> Mapping[str, int]:
+        guilty = np.flatnonzero(pc.is_valid(verdict.reason).to_numpy(zero_copy_only=False))
+        if not len(guilty):
+            return {}
+        at, picked = rows[guilty], pa.array(guilty)
+        self.live[at] = False
+        names = verdict.reason.take(picked)
+        self.reason.add(at, names)
+        for target, column in ((self.detail, verdict.detail), (self.duplicate_of, verdict.duplicate_of)):
+            if column is not None:
+                target.add(at, column.take(picked))
+        return counted(names)
 
     def _record(self, name: str, kind: str, entered: int, counts: Mapping[str, int]) -> None:
         left = entered - sum(counts.values())
@@ -216,20 +244,10 @@ class State:
         )
 
 
-def _drop(state: State, rows: np.ndarray, verdict: Judgement) -> Counter[str]:
-    reasons = verdict.reason
-    guilty = np.flatnonzero(pc.is_valid(reasons).to_numpy(zero_copy_only=False))
-    if not len(guilty):
-        return Counter()
-    at = rows[guilty]
-    picked = pa.array(guilty)
-    names = reasons.take(picked).to_pylist()
-    state.live[at] = False
-    state.reason[at] = names
-    for target, column in ((state.detail, verdict.detail), (state.duplicate_of, verdict.duplicate_of)):
-        if column is not None:
-            target[at] = column.take(picked).to_pylist()
-    return Counter(names)
+def counted(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:
+    """How often each value occurs, nulls aside; by value."""
+    pairs = pc.value_counts(values).to_pylist()
+    return dict(sorted((pair["values"], pair["counts"]) for pair in pairs if pair["values"] is not None))
 
 
 def measured_failures(frame: Frame, table: str, rows: np.ndarray) -> Judgement:
@@ -412,6 +430,28 @@ class Worker:
         self._dataset = Dataset(job.dataset)
         self._kernels: dict[int, Kernel] = {}
         self._pixels = PixelCache()
+        self._tombstones: Tombstones | None = None
+
+    def _taken_down(self, output: pa.Table) -> pa.Table:
+        """What a stage measured, without the images that were taken down for good."""
+        if not {fields.SHA256.name, fields.PIXEL_SHA256.name} <= set(output.column_names):
+            return output
+        if self._tombstones is None:
+            self._tombstones = Tombstones.load(self._dataset)
+        if not self._tombstones:
+            return output
+        barred = self._tombstones.bars_images(output.column("sha256"), output.column("pixel_sha256"))
+        if fields.FINAL_URL.name in output.column_names:
+            urls = self._tombstones.bars_pairs(output.column("uid"), [output.column(fields.FINAL_URL.name)])
+            barred = pc.or_(barred, urls)
+        if not barred.true_count:
+            return output
+        empty = {
+            f.name: pc.if_else(barred, pa.scalar(None, f.type), _flat(output.column(f.name))) for f in output.schema
+        }
+        empty["uid"] = output.column("uid")
+        empty["reason"] = pc.if_else(barred, Reason.TAKEDOWN_IMAGE.value, _flat(output.column("reason")))
+        return pa.table(empty, schema=output.schema)
 
     def _kernel(self, planned: PlannedStep) -> Kernel:
         if planned.index not in self._kernels:
@@ -433,7 +473,7 @@ class Worker:
                 for file in adopted:
                     frame.adopt(planned.table, file)
                     outputs.append({"table": planned.table, **asdict(file)})
-        walk = _Walk(self.job, self._group, frame, live, self._kernel, self._pixels, self._care)
+        walk = _Walk(self.job, self._group, frame, live, self._kernel, self._pixels, self._care, self._taken_down)
         with contextlib.ExitStack() as stack:
             writers: dict[int, ShardWriter] = {}
 
@@ -467,13 +507,14 @@ class Worker:
     def _adopt(self, table: str, shard: int, live: str, files: dict[str, list[DataFile]]) -> tuple[list[DataFile], str]:
         """Files that an interrupted run finished for this very work but did not commit, and a name for the next one.
 
-        A name says what the work is: who is live and what the table holds already. So the same work has the same name
-        in every run, and other work never finds the file.
+        A name says what the work is: which pairs, who of them is live and what the table holds already. So the same
+        work has the same name in every run, and other work never finds the file.
         """
         adopted: list[DataFile] = []
         known = [f.relative for f in files.get(table, [])]
+        pairs = sorted(f.relative for f in files.get(PAIRS_TABLE, []))
         while True:
-            name = "part-" + hashlib.sha256(json.dumps([live, sorted(known)]).encode()).hexdigest()[:16]
+            name = "part-" + hashlib.sha256(json.dumps([pairs, live, sorted(known)]).encode()).hexdigest()[:16]
             found = existing_file(self._dataset, table, shard, name)
             if found is None:
                 return adopted, name
@@ -493,7 +534,9 @@ class _Walk:
         kernel: Callable[[PlannedStep], Kernel],
         pixels: PixelCache,
         care: Care | None,
+        taken_down: Callable[[pa.Table], pa.Table],
     ) -> None:
+        self._taken_down = taken_down
         self._job = job
         self._group = group
         self._frame = frame
@@ -520,7 +563,7 @@ class _Walk:
                 else:
                     verdict = judge(planned, self._frame, alive)
                 keep = pc.is_null(verdict.reason).to_numpy(zero_copy_only=False)
-                self.dropped += Counter(verdict.reason.drop_null().to_pylist())
+                self.dropped.update(counted(verdict.reason))
                 self.live[alive[~keep]] = False
                 alive = alive[keep]
             self._pixels.clear()
@@ -541,7 +584,7 @@ class _Walk:
         kernel = self._kernel(planned)
         begin = time.perf_counter()
         batch = Batch(self._frame.table(stage.reads, lacking), self._pixels)
-        output = self._apply(stage, kernel, batch, budget)
+        output = self._taken_down(self._apply(stage, kernel, batch, budget))
         self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + time.perf_counter() - begin
         self.computed[stage.name] = self.computed.get(stage.name, 0) + len(lacking)
         self._frame.part(planned.table).append(lacking, output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import importlib
 import importlib.metadata
 import itertools
@@ -24,15 +23,15 @@ from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
 from pairmill.engines import open_engine
 from pairmill.errors import ConfigError, ContractError, PlanError
-from pairmill.execute import Frame, Job, State, Unit, replay, sorted_by_uid, table_schema, units_to_do
+from pairmill.execute import Frame, Job, State, Unit, counted, replay, sorted_by_uid, table_schema, units_to_do
 from pairmill.isolate import raise_failure
 from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan
 from pairmill.report.progress import Reporter
 from pairmill.stage import ErrorBudget, GlobalStage
-from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, read_files
+from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, without_rows, write_if_new
 from schemas import fields
 from schemas.config import RunConfig, Section
-from schemas.reasons import DEFERRED_VALUES, Status, status_of
+from schemas.reasons import DEFERRED_VALUES, Status
 from schemas.snapshot import SnapshotRecord
 
 COMMIT_EVERY_S = 2.0
@@ -328,11 +327,12 @@ class _Refresh:
         self.reporter.finish()
 
     def _write_by_shard(
-        self, name: str, schema: pa.Schema, rows: pa.Table, shards: np.ndarray, prefix: str, *, replace: bool = False
+        self, name: str, schema: pa.Schema, rows: pa.Table, shards: np.ndarray, what: str, *, replace: bool = False
     ) -> None:
-        """One file for each shard, named by its content, committed together."""
+        """One file for each shard, named by its content, committed together; with `replace`, in the place of those
+        that the shard has. Shards whose file is there already are left alone."""
         table = self.dataset.table(name, schema)
-        present = {f.relative for f in table.files()} if replace else set()
+        present = {(f.shard, f.checksum) for f in table.files()}
         files, touched = [], []
         order = pc.sort_indices(
             pa.table({"shard": shards, "uid": rows.column("uid")}),
@@ -341,14 +341,10 @@ class _Refresh:
         rows, shards = rows.take(order), shards[order.to_numpy()]
         numbers, starts = np.unique(shards, return_index=True)
         for shard, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(shards)], strict=True):
-            part = rows.slice(start, end - start)
-            file = f"{prefix}-{_digest(part)}"
-            if f"shard={shard}/{file}.parquet" in present:
-                continue
-            with table.writer(shard, file) as writer:
-                writer.write(part)
-                files.append(writer.close())
-            touched.append(shard)
+            file = write_if_new(self.dataset, name, schema, shard, what, rows.slice(start, end - start), present)
+            if file is not None:
+                files.append(file)
+                touched.append(shard)
         if files:
             table.commit(files, replace=touched if replace else ())
 
@@ -358,29 +354,30 @@ class _Refresh:
         for name in self.plan.tables:
             schema = table_schema(self.plan, name)
             table = self.dataset.table(name, schema)
-            files = table.files()
-            reasons = read_files(self.dataset, files, schema, ["reason", "shard"])
-            hit = pc.is_in(reasons.column("reason"), value_set=values)
-            for shard in pc.unique(reasons.filter(hit).column("shard")).to_pylist():
-                rows = read_files(self.dataset, [f for f in files if f.shard == shard], schema, schema.names)
-                rest = rows.filter(pc.invert(pc.is_in(rows.column("reason"), value_set=values)))
-                with table.writer(shard, f"rest-{_digest(rest.select(['uid', 'reason']))}") as writer:
-                    writer.write(rest)
-                    table.commit([writer.close()], replace=[shard])
+            old, new = [], []
+            for file in table.files():
+                rest, gone = without_rows(
+                    self.dataset, name, file, schema, lambda rows: pc.is_in(rows.column("reason"), value_set=values)
+                )
+                if gone:
+                    old.append(file)
+                    new += [rest] if rest is not None else []
+            if old:
+                table.commit(new, remove=old)
 
     # -- publish --
 
     def _publish(self, frame: Frame, state: State, begin: float) -> tuple[SnapshotRecord, bool]:
         """Write the ledger and the snapshot record, unless the last snapshot says the same already."""
-        reasons = Counter(r for r in state.reason.tolist() if r is not None)
-        status = [status_of(r).value for r in state.reason.tolist()]
-        groups = settle(frame.uid, pa.array(state.duplicate_of.tolist(), pa.string()))
+        reason = state.reason.column()
+        status = statuses(reason)
+        groups = settle(frame.uid, state.duplicate_of.column())
         ledger = pa.table(
             {
                 "uid": frame.uid,
                 "status": status,
-                "reason": state.reason.tolist(),
-                "detail": state.detail.tolist(),
+                "reason": reason,
+                "detail": state.detail.column(),
                 "duplicate_of": groups.duplicate_of,
                 "cluster": groups.cluster,
                 **state.texts.columns(),
@@ -395,10 +392,10 @@ class _Refresh:
         if earlier and (earlier[-1].tables, earlier[-1].columns) == (tables, self.plan.columns):
             self.reporter.note(f"nothing new: snapshot {earlier[-1].id} is up to date")
             return earlier[-1], False
-        counts = Counter(status)
+        counts = Counter(counted(status))
         record = SnapshotRecord(
             id=earlier[-1].id + 1 if earlier else 1,
-            refresh=max(frame.pairs_column("refresh").to_pylist()),
+            refresh=pc.max(frame.pairs_column("refresh")).as_py(),
             created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             recipe=self.plan.recipe,
             config=yaml.safe_dump(self.config.model_dump(mode="json", by_alias=True), sort_keys=False),
@@ -406,7 +403,7 @@ class _Refresh:
             kept=counts[Status.KEPT.value],
             dropped=counts[Status.DROPPED.value],
             deferred=counts[Status.DEFERRED.value],
-            reasons=dict(sorted(reasons.items())),
+            reasons=counted(reason),
             funnel=state.funnel,
             tables=tables,
             columns=self.plan.columns,
@@ -447,12 +444,11 @@ def _files(dataset: Dataset, plan: Plan) -> dict[str, list[DataFile]]:
     return {name: dataset.table(name, table_schema(plan, name)).files() for name in names}
 
 
-def _digest(rows: pa.Table) -> str:
-    """Names a file by its content."""
-    digest = hashlib.sha256()
-    for column in rows.columns:
-        digest.update(repr(column.to_pylist()).encode())
-    return digest.hexdigest()[:16]
+def statuses(reason: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The status that follows from each reason, as `schemas.reasons.status_of` has it."""
+    deferred = pc.is_in(reason, value_set=pa.array(sorted(DEFERRED_VALUES)))
+    out = pc.if_else(deferred, Status.DEFERRED.value, Status.DROPPED.value)
+    return pc.if_else(pc.is_null(reason), Status.KEPT.value, out)
 
 
 def _models(plan: Plan) -> dict[str, str]:

@@ -3,6 +3,8 @@
 A reason reads ``family.what``; free text (a status line, a measured value) goes into the ``detail`` column beside it.
 """
 
+import math
+import re
 from enum import Enum
 
 
@@ -84,6 +86,9 @@ class Reason(str, Enum):  # enum.StrEnum needs Python 3.11
     DUPLICATE_PIXELS = "duplicate.pixels"
     DUPLICATE_SEMANTIC = "duplicate.semantic"
 
+    # taken down for good: the image's bytes are on the list, whatever URL serves them
+    TAKEDOWN_IMAGE = "takedown.image"
+
     # rows that a stage could not process: quarantined by `pairmill.stage.apply`
     ERROR_KERNEL = "error.kernel"
     ERROR_MEMORY = "error.memory"
@@ -116,6 +121,34 @@ class Status(str, Enum):
     DEFERRED = "deferred"
 
     __str__ = str.__str__
+
+
+class Visit(str, Enum):
+    """What a second visit to an image that is already stored found."""
+
+    UNCHANGED = "unchanged"
+    """The server says so (HTTP 304), or the bytes are the same."""
+    CHANGED = "changed"
+    """Other bytes, which are an image."""
+    FAILED = "failed"
+    """Neither; a reason says why. What is stored is neither confirmed nor refuted."""
+
+    __str__ = str.__str__
+
+
+def with_retry_after(detail: str, seconds: float) -> str:
+    """A detail that ends with how long the server asked to be left alone; `retry_after_s` reads it back."""
+    return f"{detail}, Retry-After: {math.ceil(seconds)} s"
+
+
+_RETRY_AFTER = re.compile(r", Retry-After: (\d{1,12}) s\Z", re.ASCII)
+
+
+def retry_after_s(detail: str | None) -> float | None:
+    """How long a server asked to be left alone, in whole seconds, from the detail of a deferred pair
+    (`with_retry_after`); None where it did not ask. It is a server's wish and may be years: put a cap on it."""
+    found = _RETRY_AFTER.search(detail or "")
+    return float(found[1]) if found else None
 
 
 def status_of(reason: str | None) -> Status:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+
+_NESTED = ("reasons", "funnel", "tables", "columns", "models", "software", "computed", "stage_seconds", "bytes")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class SnapshotRecord:
     """Versions of the libraries that made it."""
     seconds: float
     """Duration of the run that published it."""
+    kind: str = "refresh"
+    """What published it: refresh, rollback or forget."""
+    note: str | None = None
+    """One line on it, such as which snapshot was rolled back to."""
+    computed: dict[str, int] = field(default_factory=dict)
+    """Rows that each stage computed for it."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Time in each stage's kernels, summed over workers."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Size of the data files of each table."""
 
     def to_row(self) -> dict[str, Any]:
         """The record as a row of `SNAPSHOTS`; nested values are JSON."""
@@ -51,8 +63,8 @@ class SnapshotRecord:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> SnapshotRecord:
         """The inverse of `to_row`."""
-        nested = ("reasons", "funnel", "tables", "columns", "models", "software")
-        return cls(**{k: json.loads(v) if k in nested else v for k, v in row.items()})
+        known = {k: v for k, v in row.items() if v is not None}  # records older than a field lack it
+        return cls(**{k: json.loads(v) if k in _NESTED else v for k, v in known.items()})
 
 
 SNAPSHOTS = pa.schema(
@@ -73,6 +85,11 @@ SNAPSHOTS = pa.schema(
         pa.field("models", pa.string(), nullable=False),
         pa.field("software", pa.string(), nullable=False),
         pa.field("seconds", pa.float64(), nullable=False),
+        pa.field("kind", pa.string()),
+        pa.field("note", pa.string()),
+        pa.field("computed", pa.string()),
+        pa.field("stage_seconds", pa.string()),
+        pa.field("bytes", pa.string()),
     ]
 )
 """The snapshots table: the columns of `SnapshotRecord`, nested values as JSON."""
