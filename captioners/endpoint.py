@@ -35,7 +35,7 @@ from pairmill.sources.download import in_own_loop
 from pairmill.sources.fetch import retry_after
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import config, fields
-from schemas.reasons import DEFERRED, Reason
+from schemas.reasons import DEFERRED, Reason, with_retry_after
 
 if TYPE_CHECKING:
     import aiohttp
@@ -53,6 +53,7 @@ _MAX_BODY = 2**20
 _CHARS_A_TOKEN = 16
 """An answer may have so many characters for each token asked for; a longer one came from a server that ignores
 ``max_tokens``. Tokens of English have 4 to 5 characters, the longest in common vocabularies rarely more than 16."""
+_MAX_DETAIL = 300
 _MIN_SECRET = 8
 """Shorter keys ("EMPTY", "none") are placeholders for servers that ask for none, and words that a caption may hold."""
 _JPEG_QUALITY = 90
@@ -302,7 +303,7 @@ class _Failed(Exception):
     def __init__(self, reason: Reason, detail: str, *, tries: int | None = None, wait_s: float | None = None) -> None:
         super().__init__(detail)
         self.reason = reason
-        self.detail = detail[:300]
+        self.detail = detail[:_MAX_DETAIL]
         self.tries = tries
         """How often an answer like this may be asked for anew; None: as the budget of retries allows."""
         self.wait_s = wait_s
@@ -550,7 +551,7 @@ class _Client:
         after = headers.get("Retry-After")
         wait = retry_after(after) if after else None
         if wait is not None:
-            detail = f"{detail}, Retry-After: {wait:.0f} s"
+            detail = with_retry_after(detail, wait)
         if status == 429:
             return _Failed(Reason.CAPTION_RATE_LIMITED, detail, wait_s=wait)
         if status == 408:
@@ -580,9 +581,8 @@ class _Client:
                 ) from None
             except _Failed as failure:
                 if failure.reason in DEFERRED:  # nothing is known of the request then
-                    raise _Failed(
-                        failure.reason, f"{rejected.detail}; then {failure.detail}", wait_s=float("inf")
-                    ) from None
+                    before = rejected.detail[: max(0, _MAX_DETAIL - len(failure.detail) - len("; then "))]
+                    raise _Failed(failure.reason, f"{before}; then {failure.detail}", wait_s=float("inf")) from None
 
     def _clean(self, text: str) -> str:
         """Words of the endpoint for a message or a detail: one line, short, without the key."""

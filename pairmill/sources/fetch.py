@@ -14,13 +14,13 @@ import zlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pairmill import imaging
 from pairmill.sources import addresses
 from pairmill.sources.addresses import Address, AddressRefused
-from schemas.reasons import DEFERRED, Reason
+from schemas.reasons import DEFERRED, Reason, with_retry_after
 
 if TYPE_CHECKING:
     import aiohttp
@@ -37,6 +37,9 @@ _GIVE_UP = 16
 """Attempts in a row that a host may leave unanswered before the rest of its URLs in the batch are deferred untried: a
 thousand URLs of a dead host would else hold a shard for an hour."""
 _HEAD = 1024
+_MAX_HEADER = 500
+"""Characters kept of an ETag or Last-Modified."""
+_MAX_ASKED_WAIT_S = 10**8
 
 Result = TypeVar("Result")
 
@@ -58,7 +61,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of a URL. `data` are the image's bytes, or None when there is a reason."""
+    """What became of a URL. `data` are the image's bytes; None when there is a reason, or when the server says that
+    nothing changed since its validators were seen."""
 
     data: bytes | None = None
     reason: Reason | None = None
@@ -67,6 +71,39 @@ class Fetched:
     final_url: str | None = None
     etag: str | None = None
     last_modified: str | None = None
+    not_modified: bool = False
+    """HTTP 304, as an answer to `Validators`. `etag` and `last_modified` are then those that were sent, which the
+    server has just confirmed; one that was not sent is what the server says now."""
+
+
+@dataclass(frozen=True)
+class Validators:
+    """What an earlier answer said of itself, so that a server can say that it still holds (RFC 9110, section 13).
+
+    They came from the web: what could be anything but one entity tag, or a date, is not sent.
+    """
+
+    etag: str | None = None
+    last_modified: str | None = None
+    final_url: str | None = None
+    """Where redirects ended then (`Fetched.final_url`); None: at the URL itself. They are sent there and nowhere else,
+    for they say nothing of any other address."""
+
+    def headers(self) -> dict[str, str]:
+        """If-None-Match and If-Modified-Since, as far as there is something to send."""
+        found = {}
+        if self.etag is not None and len(self.etag) < _MAX_HEADER and _ETAG.fullmatch(self.etag):
+            found["If-None-Match"] = self.etag
+        if self.last_modified is not None and _DATE.fullmatch(self.last_modified):
+            found["If-Modified-Since"] = self.last_modified
+        return found
+
+
+_ETAG = re.compile(r'(?:W/)?"[ !#-~]*"|[!#-)+\-.-~]+')
+"""An entity tag of visible ASCII, or one without its quotes, as many servers send them; never ``*`` nor a list, which
+would match what was never seen."""
+_DATE = re.compile(r"[A-Za-z0-9 ,:+-]{1,64}")
+"""Not parsed: servers ignore what is no date, and some compare the words."""
 
 
 class _Failed(Exception):
@@ -125,17 +162,21 @@ class Fetcher:
         await self._session.close()
         self._names.close()
 
-    async def fetch(self, url: str, use: Callable[[Fetched], Awaitable[Result]]) -> Result:
+    async def fetch(
+        self, url: str, use: Callable[[Fetched], Awaitable[Result]], validators: Validators | None = None
+    ) -> Result:
         """Fetch a URL and hand the outcome to `use`. While `use` runs on a body the URL's slot stays taken, so no more
-        bodies are in memory than there are slots, however slow the decoding."""
+        bodies are in memory than there are slots, however slow the decoding. With `validators`, a server may answer
+        that nothing changed."""
         try:
             address = addresses.parse(url, self._policy.allow_private_addresses)
         except AddressRefused as refused:
             return await use(Fetched(reason=refused.reason, detail=refused.detail))
+        validators = validators or Validators()
         for attempt in range(self._policy.retries + 1):
             async with AsyncExitStack() as hold:
                 try:
-                    return await use(await self._attempt(address, hold))
+                    return await use(await self._attempt(address, validators, hold))
                 except _Failed as failure:
                     outcome = failure.outcome
                     wait = failure.wait_s if failure.wait_s is not None else _backoff(address.url, attempt)
@@ -145,9 +186,10 @@ class Fetcher:
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns")
 
-    async def _attempt(self, start: Address, hold: AsyncExitStack) -> Fetched:
+    async def _attempt(self, start: Address, validators: Validators, hold: AsyncExitStack) -> Fetched:
         """Follow redirects to the image. The deadline covers all hops, but not the waiting for a turn."""
         left = self._policy.timeout_s
+        conditions, conditional_at = validators.headers(), validators.final_url or start.url
         seen: list[str] = []
         address = start
         while True:
@@ -158,24 +200,25 @@ class Fetcher:
                 await turn.enter_async_context(self._slots)
                 began = time.monotonic()
                 try:
-                    step = await self._step(address, turn, left)
+                    step = await self._step(address, conditions if address.url == conditional_at else {}, turn, left)
                 except AddressRefused as refused:
                     reason = refused.reason if len(seen) == 1 else Reason.URL_REDIRECT_REFUSED
                     raise _Failed(reason, refused.detail) from refused
                 left -= time.monotonic() - began
                 if isinstance(step, Fetched):
                     hold.push_async_exit(turn.pop_all())
-                    final = address.url if len(seen) > 1 else None
-                    return Fetched(step.data, None, None, step.status, final, step.etag, step.last_modified)
+                    return replace(step, final_url=address.url if len(seen) > 1 else None)
             if step.url in seen or len(seen) > self._policy.max_redirects:
                 detail = f"{len(seen)} redirects, the last to {addresses.without_secrets(step.url)}"
                 raise _Failed(Reason.HTTP_REDIRECT_LOOP, detail)
             address = step
 
-    async def _step(self, address: Address, turn: AsyncExitStack, left: float) -> Fetched | Address:
+    async def _step(
+        self, address: Address, conditions: dict[str, str], turn: AsyncExitStack, left: float
+    ) -> Fetched | Address:
         """One request within the time that is left; keeps count of what the host leaves unanswered."""
         try:
-            step = await asyncio.wait_for(self._get(address, turn), left)
+            step = await asyncio.wait_for(self._get(address, conditions, turn), left)
         except asyncio.TimeoutError:
             self._unanswered[address.host] = self._unanswered.get(address.host, 0) + 1
             raise _Failed(Reason.HTTP_TIMEOUT, f"no whole answer within {self._policy.timeout_s:g} s") from None
@@ -196,15 +239,16 @@ class Fetcher:
             self._hosts[host] = asyncio.Semaphore(self._policy.per_host)
         return self._hosts[host]
 
-    async def _get(self, address: Address, turn: AsyncExitStack) -> Fetched | Address:
-        """One request: the image, or the address of a redirect."""
+    async def _get(self, address: Address, conditions: dict[str, str], turn: AsyncExitStack) -> Fetched | Address:
+        """One request: the image, the address of a redirect, or that nothing changed."""
         import aiohttp
         from yarl import URL
 
         try:
             await self._names.resolve(address.host)
-            async with self._session.get(URL(address.url, encoded=True), allow_redirects=False) as response:
-                return await self._read(address, response, turn)
+            url = URL(address.url, encoded=True)
+            async with self._session.get(url, headers=conditions, allow_redirects=False) as response:
+                return await self._read(address, conditions, response, turn)
         except aiohttp.ClientPayloadError as error:
             # a false length or broken chunks; may be a broken connection too, so it is tried again, but never deferred
             raise _Failed(Reason.HTTP_PROTOCOL, f"the body ended wrongly: {_words(error)}", may_pass=True) from error
@@ -222,7 +266,7 @@ class Fetcher:
             raise _Failed(Reason.HTTP_PROTOCOL, f"{type(error).__name__}: {_words(error)}") from error
 
     async def _read(
-        self, address: Address, response: aiohttp.ClientResponse, turn: AsyncExitStack
+        self, address: Address, conditions: dict[str, str], response: aiohttp.ClientResponse, turn: AsyncExitStack
     ) -> Fetched | Address:
         status = response.status
         if self._policy.robots and (said := opted_out(response.headers, self._policy.user_agent)):
@@ -234,6 +278,11 @@ class Fetcher:
                 return addresses.redirect(address, location, self._policy.allow_private_addresses)
             except AddressRefused as refused:
                 raise _Failed(refused.reason, refused.detail, status) from refused
+        etag, modified = (_header(response.headers.get(name)) for name in ("ETag", "Last-Modified"))
+        if status == 304 and conditions:
+            etag = conditions.get("If-None-Match", etag)
+            modified = conditions.get("If-Modified-Since", modified)
+            return Fetched(status=status, etag=etag, last_modified=modified, not_modified=True)
         if not 200 <= status < 300:
             raise _status_failure(status, response)
         try:
@@ -242,7 +291,6 @@ class Fetcher:
             raise _Failed(
                 failure.outcome.reason or Reason.HTTP_PROTOCOL, str(failure), status, may_pass=False
             ) from None
-        etag, modified = (_header(response.headers.get(name)) for name in ("ETag", "Last-Modified"))
         return Fetched(data, status=status, etag=etag, last_modified=modified)
 
     async def _body(self, response: aiohttp.ClientResponse, turn: AsyncExitStack) -> bytes:
@@ -288,7 +336,7 @@ def _words(error: BaseException) -> str:
 
 
 def _header(value: str | None) -> str | None:
-    return value.encode("utf-8", "replace").decode()[:500] if value else None
+    return value.encode("utf-8", "replace").decode()[:_MAX_HEADER] if value else None
 
 
 def _status_failure(status: int, response: Any) -> _Failed:
@@ -300,9 +348,7 @@ def _status_failure(status: int, response: Any) -> _Failed:
         reason = Reason.HTTP_TOO_MANY_REQUESTS if status == 429 else Reason.HTTP_SERVER_ERROR
         after = response.headers.get("Retry-After")
         wait = retry_after(after) if after else None
-        return _Failed(
-            reason, f"{detail}, Retry-After: {wait:g} s" if wait is not None else detail, status, wait_s=wait
-        )
+        return _Failed(reason, detail if wait is None else with_retry_after(detail, wait), status, wait_s=wait)
     if status == 408:
         return _Failed(Reason.HTTP_TIMEOUT, detail, status)
     if 400 <= status < 500:
@@ -313,12 +359,13 @@ def _status_failure(status: int, response: Any) -> _Failed:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds to wait, from a Retry-After header: a number or an HTTP date; None when it is neither."""
+    """Seconds to wait, at most 10^8, from a Retry-After header: a number or an HTTP date; None when it is neither."""
     text = value.strip()
     if text.isascii() and text.isdigit():
-        return float(min(int(text[:9]), 10**8))
+        return float(min(int(text[:10]), _MAX_ASKED_WAIT_S))
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        return min(max(0.0, wait), float(_MAX_ASKED_WAIT_S))
     except (ValueError, TypeError, OverflowError):
         return None
 

@@ -58,7 +58,7 @@ class Img2DatasetDownload(ImageDownload):
             urls, places = batch.pylist("url"), batch.pylist("locator")
             outcomes = [Outcome(Fetched(reason=Reason.EMPTY_URL, detail="the URL is empty")) for _ in urls]
             with ThreadPoolExecutor(decoders(), thread_name_prefix="pairmill-decode") as pool:
-                for index, outcome in load_local(places, self.max_bytes, self._store, pool):
+                for index, outcome in load_local(places, self.max_bytes, lambda _, found: self._store(found), pool):
                     outcomes[index] = outcome
                 rows = rows_by_url(urls, places)
                 fetched = self._fetch(list(rows), pool)
