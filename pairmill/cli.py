@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pairmill import __version__
+from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, print_json, shown
 from pairmill.errors import ConfigError, PairmillError
 
 if TYPE_CHECKING:
@@ -28,21 +29,6 @@ POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
 """Top-level packages with names so general that another checkout could stand in front of ours."""
 
 INTERRUPTED = 130
-
-Config = Annotated[
-    str,
-    typer.Argument(metavar="CONFIG.yaml", help="the config; see docs/config.md, docs/training.md", show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override one key of the config; may be repeated"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout, for programs")]
-DatasetUrl = Annotated[str, typer.Argument(metavar="DATASET", help="a path, s3://... or gs://...", show_default=False)]
-SnapshotId = Annotated[
-    int | None,
-    typer.Option("--snapshot", metavar="N", help="a snapshot by its number; the latest one without it"),
-]
 
 app = typer.Typer(
     name="pairmill",
@@ -141,7 +127,7 @@ def run(
     with reporter_for(sys.stderr) as reporter:
         report = refresh(loaded, reporter, retry_deferred=retry_deferred)
     if as_json:
-        _print_json(_run_json(report))
+        print_json(_run_json(report))
     else:
         _print_run(loaded.dataset, report)
 
@@ -166,12 +152,12 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     with reporter_for(sys.stderr) as reporter:
         report = make_plan(loaded, reporter)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
         return
     header = ("step", "kind", "rows_done", "rows_todo", "note")
     rows = [[step.get(name) for name in header] for step in report.steps]
     print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=("rows done", "rows todo"))
-    typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {_shown(loaded.dataset)}.")
+    typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {shown(loaded.dataset)}.")
 
 
 @app.command()
@@ -187,7 +173,7 @@ def status(dataset: DatasetUrl, snapshot: SnapshotId = None, as_json: AsJson = F
 
     record = Dataset(dataset).snapshot(snapshot).record
     if as_json:
-        _print_json(_record_json(record))
+        print_json(_record_json(record))
     else:
         _print_snapshot(dataset, record)
 
@@ -207,7 +193,7 @@ def snapshots(dataset: DatasetUrl, as_json: AsJson = False) -> None:
     opened = Dataset(dataset)
     records = opened.snapshots() or [opened.snapshot().record]  # without any, snapshot() says what is wrong
     if as_json:
-        _print_json([_record_json(record) for record in records])
+        print_json([_record_json(record) for record in records])
         return
     header = ("id", "created_at", "recipe", "refresh", "admitted", "kept", "dropped", "deferred", "seconds")
     rows = [[getattr(record, name) for name in header] for record in records]
@@ -275,9 +261,9 @@ def export(
     with reporter_for(sys.stderr) as reporter:
         report = write(opened, out, where=where, pairs_per_shard=pairs_per_shard, progress=reporter)
     if as_json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
-        typer.echo(_shown(report.note))
+        typer.echo(shown(report.note))
 
 
 @train.command("clip")
@@ -298,7 +284,7 @@ def train_clip(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
     with reporter_for(sys.stderr) as reporter:
         report = fit(loaded, progress=_TrainingLines(reporter).tell)
     if as_json:
-        _print_json({"out": str(report.out), "seconds": report.seconds, "metrics": dict(report.metrics)})
+        print_json({"out": str(report.out), "seconds": report.seconds, "metrics": dict(report.metrics)})
         return
     typer.echo(
         f"trained in {report.seconds:,.0f} s, loss {report.first_loss:.3f} to {report.last_loss:.3f}: {report.out}"
@@ -356,7 +342,7 @@ def train_loop(config: Config, overrides: Overrides = None, as_json: AsJson = Fa
         report = run_loop(loaded, reporter, _TrainingLines(reporter).tell)
     if as_json:
         steps = {name: None if part is None else asdict(part) for name, part in vars(report).items() if name != "run"}
-        _print_json({**steps, "run": _run_json(report.run)})
+        print_json({**steps, "run": _run_json(report.run)})
         return
     _print_run(str(loaded.out / "dataset"), report.run)
     for name in ("pretrain", "captioner", "filter", "again"):
@@ -373,7 +359,7 @@ def _train_blip(fit: Any, model: Any, config: str, overrides: list[str] | None, 
     with reporter_for(sys.stderr) as reporter:
         report = fit(loaded, progress=_TrainingLines(reporter).tell)
     if as_json:
-        _print_json({"out": str(report.out), "seconds": report.seconds, "metrics": dict(report.metrics)})
+        print_json({"out": str(report.out), "seconds": report.seconds, "metrics": dict(report.metrics)})
         return
     typer.echo(
         f"trained {report.steps:,} steps in {report.seconds:,.0f} s, loss {report.first_loss:.3f} to "
@@ -399,7 +385,7 @@ def doctor(as_json: AsJson = False) -> None:
     findings = examine()
     failed = any(f.level is Level.FAIL for f in findings)
     if as_json:
-        _print_json({"ok": not failed, "findings": [{**asdict(f), "level": f.level.value} for f in findings]})
+        print_json({"ok": not failed, "findings": [{**asdict(f), "level": f.level.value} for f in findings]})
     else:
         for finding in findings:
             typer.echo(f"{finding.level.value:4}  {finding.check}: {finding.message}")
@@ -433,7 +419,7 @@ def demo(
     with reporter_for(sys.stderr) as reporter:
         report = run_demo(pairs, out, reporter, seed=seed, engine=engine.value, overrides=tuple(overrides or ()))
     if as_json:
-        _print_json({"out": str(report.out), "run": _run_json(report.run), "metrics": asdict(report.metrics)})
+        print_json({"out": str(report.out), "run": _run_json(report.run), "metrics": asdict(report.metrics)})
         return
     _print_run(str(report.out / "dataset"), report.run)
     _print_demo(report.out, asdict(report.metrics), report.examples)
@@ -474,7 +460,7 @@ def _print_run(dataset: str, report: RunReport) -> None:
 def _print_snapshot(dataset: str, record: SnapshotRecord) -> None:
     from pairmill.report.funnel import print_funnel
 
-    typer.echo(f"{_shown(dataset)}: snapshot {record.id} of {record.created_at}, recipe {record.recipe}\n")
+    typer.echo(f"{shown(dataset)}: snapshot {record.id} of {record.created_at}, recipe {record.recipe}\n")
     print_funnel(record, sys.stdout)
     if record.deferred:
         typer.echo("Deferred pairs are tried again by `pairmill run CONFIG.yaml --retry-deferred`.")
@@ -497,7 +483,7 @@ def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example]) 
         "exported": f"{metrics['exported']:,} samples",
     }
     typer.echo("\nTexts of some images, before and after:\n")
-    typer.echo("\n".join(_shown(line) for line in example_lines(examples)))
+    typer.echo("\n".join(shown(line) for line in example_lines(examples)))
     typer.echo("Against the truth that the web knows:")
     for name, text in lines.items():
         typer.echo(f"  {name:22}{text}")
@@ -526,18 +512,6 @@ class _TrainingLines:
             self._reporter.start(*segment)
         self._reporter.advance(progress.step - self._step, {})
         self._step = progress.step
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _shown(url: str) -> str:
-    from pairmill.report.text import visible, without_secrets
-
-    return visible(without_secrets(url))
 
 
 # -- start and end ----------------------------------------------------------------------------------------------------

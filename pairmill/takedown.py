@@ -1,0 +1,1 @@
+"""Takedown: removes pairs for good from every table, version and export."""
