@@ -8,6 +8,7 @@ for, so 2,000 pairs cost nothing to set up.
         web.write(folder)          # urls.parquet for the pipeline, truth.parquet for the judge
         ...
         web.requests               # Counter: requests by URL
+        web.change(urls)           # these URLs show something else from now on
 
 The truth is never read by a pipeline; tests and the demo compare results with it.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import hashlib
 import io
 import math
@@ -24,9 +26,9 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -123,6 +125,8 @@ _LEAST_CROP = 0.05
 _SHORTEST_SIDE = 224
 _CACHE = 256
 _EXIF_ORIENTATION = 0x0112
+_FIRST_DAY = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)
+"""Last-Modified of every image; a day later each time it changes."""
 _UPRIGHT_AGAIN = {
     3: Image.Transpose.ROTATE_180,
     6: Image.Transpose.ROTATE_90,
@@ -396,7 +400,9 @@ class ProceduralWeb:
     """The web and its server, a context manager.
 
     The server runs in a background thread on its own event loop. It answers `GET` of every row's URL as the row's
-    kind says, `/robots.txt` with a rule that allows everything, and 404 to all else.
+    kind says, `/robots.txt` with a rule that allows everything, and 404 to all else. Images (whole or damaged, but not
+    those that trickle) carry an ETag and a Last-Modified, and a client that sends one of them back gets 304 while the
+    image is the same; `not_modified` counts these answers by URL (`requests` counts them, too).
 
     Args:
         pairs: rows in the list.
@@ -425,6 +431,7 @@ class ProceduralWeb:
             raise ValueError(f"host {host!r} is not a loopback address: use one of 127.0.0.0/8")
         self.pairs, self.seed, self.host, self.hang_s = pairs, seed, host, hang_s
         self.requests: Counter[str] = Counter()
+        self.not_modified: Counter[str] = Counter()
         self._listener = socket.create_server((host, port))
         self.port: int = self._listener.getsockname()[1]
         try:
@@ -432,7 +439,8 @@ class ProceduralWeb:
         except ValueError:
             self._listener.close()
             raise
-        self._by_path = {row.path: row for row in self.rows}
+        self._by_path = {row.path: (row, 0) for row in self.rows}
+        """What is served, and how often it changed: in one value, as the server's thread reads it meanwhile."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -480,6 +488,45 @@ class ProceduralWeb:
         }
         pq.write_table(pa.table(truth), folder / "truth.parquet")
 
+    def change(self, urls: Iterable[str] | Mapping[str, Scene]) -> tuple[WebRow, ...]:
+        """Serve another scene at these URLs from now on: the ones given, or drawn from the seed, the path and how often
+        the URL changed before.
+
+        `rows` and what `write` writes follow: picture, scene and truth are those of the new scene, while URL and text
+        stay (so a text that was true is now false, unless the scene given says otherwise). A copy is no copy any more,
+        and a row that was true or false to its picture is what it is now, `Kind.TRUE` or `Kind.MISMATCHED`. Copies of
+        a changed row stay as they are: their `duplicate_of_url` says where they came from.
+
+        Returns:
+            The changed rows, in the order given.
+
+        Raises:
+            ValueError: no row has such a URL, or it shows no scene; nothing has changed then.
+        """
+        scenes = urls if isinstance(urls, Mapping) else dict.fromkeys(urls)
+        by_url = {row.url: row for row in self.rows}
+        for url in scenes:
+            if url not in by_url or by_url[url].scene is None:
+                raise ValueError(f"{url} shows no scene: give URLs of rows whose scene is not None")
+        changed = {url: self._changed(by_url[url], scene) for url, scene in scenes.items()}
+        self.rows = tuple(changed.get(row.url, row) for row in self.rows)
+        for row in changed.values():
+            self._by_path[row.path] = row, self._by_path[row.path][1] + 1
+        return tuple(changed.values())
+
+    def _changed(self, row: WebRow, scene: Scene | None) -> WebRow:
+        if scene is None:
+            scene = sample_scene(random.Random(f"change:{self.seed}:{row.path}:{self._by_path[row.path][1]}"))
+        old = row.picture
+        if old is None:
+            raise ValueError(f"{row.url} has a scene but no picture")
+        truth = bool(is_true(row.text, scene))
+        kind = row.kind
+        if kind.is_copy or kind in (Kind.TRUE, Kind.MISMATCHED):
+            kind = Kind.TRUE if truth else Kind.MISMATCHED
+        picture = Picture(scene, old.format, old.quality, side=old.side)
+        return replace(row, kind=kind, picture=picture, scene=scene, text_is_true=truth, duplicate_of_url=None)
+
     def _run(self, ready: threading.Event) -> None:
         asyncio.run(self._serve(ready))
 
@@ -498,9 +545,9 @@ class ProceduralWeb:
         self.requests[f"http://{self.host}:{self.port}{request.path}"] += 1
         if request.path == "/robots.txt":
             return web.Response(text="User-agent: *\nAllow: /\n")
-        row = self._by_path.get(request.path)
-        if row is None:
+        if request.path not in self._by_path:
             return web.Response(status=404, text="no such page")
+        row, changes = self._by_path[request.path]
         if row.kind is Kind.TIMEOUT:
             await asyncio.sleep(self.hang_s)
             return web.Response(status=504)
@@ -514,11 +561,20 @@ class ProceduralWeb:
             return web.Response(text=page, content_type="text/html")
         if row.kind is Kind.EMPTY:
             return web.Response(body=b"", content_type="image/jpeg")
-        loop = asyncio.get_running_loop()
-        body = await loop.run_in_executor(self._pool, served_bytes, row)
-        if row.kind is Kind.TRICKLE:
-            return await self._trickle(request, body)
-        return web.Response(body=body, content_type=_CONTENT_TYPES[row.picture.format if row.picture else "JPEG"])
+        etag, modified = _etag(row), _FIRST_DAY + datetime.timedelta(days=changes)
+        if row.kind is not Kind.TRICKLE and _still_holds(request, etag, modified):
+            self.not_modified[row.url] += 1
+            response = web.Response(status=304)
+        else:
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(self._pool, served_bytes, row)
+            if row.kind is Kind.TRICKLE:
+                return await self._trickle(request, body)
+            kind = _CONTENT_TYPES[row.picture.format if row.picture else "JPEG"]
+            response = web.Response(body=body, content_type=kind)
+        response.headers["ETag"] = f'"{etag}"'
+        response.last_modified = modified
+        return response
 
     def _reset(self, request: web.Request) -> web.StreamResponse:
         """Close the connection with a TCP reset."""
@@ -538,6 +594,20 @@ class ProceduralWeb:
                 await response.write(body[place : place + 1])
                 await asyncio.sleep(1.0)
         return response
+
+
+def _etag(row: WebRow) -> str:
+    """Stands for what is drawn, so that saying 304 costs no drawing."""
+    drawn = repr((row.kind, row.path if row.picture is None else row.picture))
+    return hashlib.sha256(drawn.encode()).hexdigest()[:32]
+
+
+def _still_holds(request: web.Request, etag: str, modified: datetime.datetime) -> bool:
+    """Whether a request names the validators of the image as it is (RFC 9110, section 13: the tag counts first)."""
+    if request.if_none_match is not None:
+        return any(tag.value in (etag, "*") for tag in request.if_none_match)
+    since = request.if_modified_since
+    return since is not None and modified <= since
 
 
 _STATUSES: Mapping[Kind, int] = {

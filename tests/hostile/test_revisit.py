@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pairmill import imaging
 from pairmill.errors import ConfigError
+from pairmill.procedural.web import Kind, ProceduralWeb, served_bytes
 from pairmill.sources import fetch
 from pairmill.sources.download import REVISIT_READS, Download
 from pairmill.sources.fetch import Validators
@@ -373,6 +374,34 @@ def test_local_files(tmp_path: Path, web: HostileServer, monkeypatch: pytest.Mon
     assert {row["http_status"] for row in rows} == {row["etag"] for row in rows} == {None}
     assert sorted(decoded) == sorted([NEW, NEW[:60]])
     assert not web.hits["/never_asked"]
+
+
+# -- a whole web ------------------------------------------------------------------------------------------------------
+
+
+def test_a_web_of_which_some_pictures_changed() -> None:
+    shares = {Kind.NOT_FOUND: 0.1, Kind.COPY_EXACT: 0.1}
+    with ProceduralWeb(30, seed=5, proportions=shares) as web:
+        stage = downloader()
+        columns = {"uid": [row.path for row in web.rows], "url": [row.url for row in web.rows]}
+        table = pa.table({**columns, "locator": pa.nulls(30, pa.string())})
+        first = apply(stage, stage.open(), Batch(table), ErrorBudget(0, 0)).drop_columns(["uid", "reason", "detail"])
+        pictures_of_web = [row for row in web.rows if row.scene is not None]
+        changed = {row.url for row in web.change(row.url for row in pictures_of_web[::5])}
+        again = stage.open_revisit()(Batch(pa.table({**columns, "locator": table["locator"]} | _columns(first))))
+        found = again.to_pylist()
+        for row, visit in zip(web.rows, found, strict=True):
+            if row.kind is Kind.NOT_FOUND:
+                assert (visit["visit"], visit["reason"]) == ("failed", "http.not_found")
+            elif row.url in changed:
+                assert (visit["visit"], visit["sha256"]) == ("changed", sha256(served_bytes(row)))
+            else:
+                assert (visit["visit"], visit["http_status"]) == ("unchanged", 304)
+        assert sum(web.not_modified.values()) == len(pictures_of_web) - len(changed) == 21
+
+
+def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return dict(zip(table.column_names, table.columns, strict=True))
 
 
 # -- what the driver relies on ----------------------------------------------------------------------------------------

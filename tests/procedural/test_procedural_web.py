@@ -224,6 +224,80 @@ def test_parquet_files(fetched):
             assert all("box" in entry for entry in json.loads(record["scene"])["objects"])
 
 
+def get(url, **conditions):
+    """Status, ETag, Last-Modified and body of one answer."""
+
+    async def ask():
+        headers = {name.replace("_", "-"): value for name, value in conditions.items()}
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(url) as response:
+            return (
+                response.status,
+                response.headers.get("ETag"),
+                response.headers.get("Last-Modified"),
+                await response.read(),
+            )
+
+    return asyncio.run(ask())
+
+
+def test_images_carry_validators_and_are_not_sent_twice():
+    shares = dict.fromkeys((Kind.BLANK, Kind.BROKEN, Kind.TRUNCATED, Kind.NOT_FOUND, Kind.HTML, Kind.EMPTY), 0.1)
+    with ProceduralWeb(20, seed=2, proportions=shares) as web:
+        tags = set()
+        for row in web.rows:
+            status, etag, modified, body = get(row.url)
+            if row.kind in (Kind.NOT_FOUND, Kind.HTML, Kind.EMPTY):
+                assert etag is modified is None
+                continue
+            assert (status, body) == (200, served_bytes(row))
+            tags.add(etag)
+            assert get(row.url, If_None_Match=etag) == (304, etag, modified, b"")
+            assert get(row.url, If_None_Match=f'"x", W/{etag}')[0] == 304
+            assert get(row.url, If_Modified_Since=modified) == (304, etag, modified, b"")
+            assert get(row.url, If_None_Match='"x"', If_Modified_Since=modified)[0] == 200
+            assert get(row.url, If_Modified_Since="Sat, 01 Jan 2000 00:00:00 GMT")[0] == 200
+            assert (web.not_modified[row.url], web.requests[row.url]) == (3, 6)
+        assert len(tags) == 14
+
+
+def test_changed_urls_show_another_scene(tmp_path):
+    shares = {Kind.MISMATCHED: 0.2, Kind.NOT_FOUND: 0.1, Kind.COPY_EXACT: 0.1, Kind.TINY: 0.1, Kind.BLANK: 0.1}
+    with ProceduralWeb(20, seed=4, proportions=shares) as web, ProceduralWeb(20, seed=4, proportions=shares) as twin:
+        first = {row.kind: row for row in reversed(web.rows)}
+        before = {row.url: get(row.url) for row in web.rows}
+        rows = web.rows
+        for wrong in (first[Kind.NOT_FOUND].url, first[Kind.BLANK].url, "http://elsewhere/a.jpg"):
+            with pytest.raises(ValueError, match="shows no scene"):
+                web.change([first[Kind.TRUE].url, wrong])
+        assert web.rows == rows
+        picked = [first[kind] for kind in (Kind.TRUE, Kind.COPY_EXACT, Kind.TINY)]
+        changed = web.change(row.url for row in picked)
+        assert [row.kind for row in changed] == [Kind.MISMATCHED, Kind.MISMATCHED, Kind.TINY]
+        for old, new in zip(picked, changed, strict=True):
+            assert (new.url, new.text, new.page) == (old.url, old.text, old.page)
+            assert new.scene != old.scene
+            assert new.text_is_true is bool(is_true(new.text, new.scene)) is False
+            assert new.duplicate_of_url is None
+            status, etag, modified, body = get(new.url, If_None_Match=before[new.url][1])
+            assert (status, body) == (200, served_bytes(new))
+            assert get(new.url, If_Modified_Since=before[new.url][2])[0] == 200
+            assert get(new.url, If_None_Match=etag)[0] == get(new.url, If_Modified_Since=modified)[0] == 304
+        assert [row for row in web.rows if row not in changed] == [row for row in rows if row not in picked]
+        assert all(get(row.url) == before[row.url] for row in web.rows if row not in changed)
+        web.write(tmp_path)
+        truth = {row["url"]: row for row in pq.read_table(tmp_path / "truth.parquet").to_pylist()}
+        assert all(Scene.from_json(truth[row.url]["scene"]) == row.scene for row in changed)
+
+        # the same changes of the same web come out the same; a second change is another one; a scene can be given
+        again = twin.change(row.url.replace(str(web.port), str(twin.port)) for row in picked)
+        assert [row.scene for row in again] == [row.scene for row in changed]
+        (second,) = web.change([picked[0].url])
+        assert second.scene not in (picked[0].scene, changed[0].scene)
+        (back,) = web.change({picked[0].url: picked[0].scene})
+        assert (back.kind, back.text_is_true) == (Kind.TRUE, True)
+        assert get(back.url, If_Modified_Since=before[back.url][2])[0] == 200  # it changed in between
+
+
 def test_other_paths_robots_and_closing():
     with ProceduralWeb(5, seed=1, host="127.0.0.2") as web:
 
