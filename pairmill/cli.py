@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pairmill import __version__
-from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, print_json, shown
+from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, Wait, print_json, shown
 from pairmill.errors import ConfigError, PairmillError
 
 if TYPE_CHECKING:
@@ -108,8 +108,16 @@ def run(
     overrides: Overrides = None,
     retry_deferred: Annotated[
         bool,
-        typer.Option("--retry-deferred", help="try rows again that failed in a way that may pass"),
+        typer.Option("--retry-deferred", help="try all deferred pairs again, not only those whose time has come"),
     ] = False,
+    revisit: Annotated[
+        bool, typer.Option("--revisit", help="ask for stored images again; what changed becomes a new image")
+    ] = False,
+    revisit_where: Annotated[
+        str | None,
+        typer.Option("--revisit-where", metavar="SQL", help="as --revisit, of pairs that satisfy this condition"),
+    ] = None,
+    wait: Wait = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Admit new pairs, bring every stage up to date, publish a snapshot. Run again, it does only what is new.
@@ -119,13 +127,20 @@ def run(
       pairmill run config.yaml
       pairmill run config.yaml --set keep.clip_score='">= 0.3"' --set engine.kind=local
       pairmill run config.yaml --retry-deferred
+      pairmill run config.yaml --revisit-where "url LIKE '%://news.%'"
     """
     from pairmill.report.progress import reporter_for
     from pairmill.run import load_config, refresh
 
     loaded = load_config(config, overrides or [])
     with reporter_for(sys.stderr) as reporter:
-        report = refresh(loaded, reporter, retry_deferred=retry_deferred)
+        report = refresh(
+            loaded,
+            reporter,
+            retry_deferred=retry_deferred,
+            revisit=revisit_where or ("true" if revisit else None),
+            wait_s=wait,
+        )
     if as_json:
         print_json(_run_json(report))
     else:
@@ -133,8 +148,15 @@ def run(
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a run would do, and change nothing.
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    retry_deferred: Annotated[
+        bool, typer.Option("--retry-deferred", help="as if `run` were called with --retry-deferred")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would do and why, rows by stage, and change nothing.
 
     \b
     Examples:
@@ -150,14 +172,17 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 
     loaded = load_config(config, overrides or [])
     with reporter_for(sys.stderr) as reporter:
-        report = make_plan(loaded, reporter)
+        report = make_plan(loaded, reporter, retry_deferred=retry_deferred)
     if as_json:
         print_json(asdict(report))
         return
-    header = ("step", "kind", "rows_done", "rows_todo", "note")
+    header = ("step", "kind", "rows_done", "rows_todo", "rows_at_most", "note")
     rows = [[step.get(name) for name in header] for step in report.steps]
-    print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=("rows done", "rows todo"))
-    typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {shown(loaded.dataset)}.")
+    right = ("rows done", "rows todo", "rows at most")
+    print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=right)
+    refused = f" {report.taken_down:,} rows of the sources were taken down before." if report.taken_down else ""
+    again = f" {report.retried:,} deferred pairs would be tried again." if report.retried else ""
+    typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {shown(loaded.dataset)}.{again}{refused}")
 
 
 @app.command()
@@ -229,41 +254,114 @@ def sql(
 
 @app.command()
 def export(
-    dataset: DatasetUrl,
-    output: Annotated[ExportFormat, typer.Option("--format", help="what to write", show_default=False)],
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="folder to write to", show_default=False)],
+    out: Annotated[
+        str,
+        typer.Option("--out", metavar="DIR", help="folder to write to, or the export to update", show_default=False),
+    ],
+    dataset: Annotated[
+        str | None,
+        typer.Argument(metavar="DATASET", help="a path, s3://... or gs://...; with --verify it may be left out"),
+    ] = None,
+    output: Annotated[
+        ExportFormat | None, typer.Option("--format", help="what to write; with --verify it may be left out")
+    ] = None,
     where: Annotated[
         str | None,
         typer.Option("--where", metavar="SQL", help="a condition over the columns of the view pairs"),
     ] = None,
     pairs_per_shard: Annotated[
-        int, typer.Option("--pairs-per-shard", min=1, metavar="N", help="admitted pairs a file, at most")
-    ] = 10_000,
+        int | None,
+        typer.Option("--pairs-per-shard", min=1, metavar="N", help="admitted pairs a file, at most; 10000 without it"),
+    ] = None,
     snapshot: SnapshotId = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="write nothing: check each file of the export in DIR; exit 1 if one is wrong"),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the kept pairs of a snapshot as files to train from.
+    """Write the kept pairs of a snapshot as files to train from, or bring an export to a newer snapshot.
+
+    An export that is there already is updated in place: only files whose content changed are written.
+    docs/exports.md says what is in the folder.
 
     \b
     Examples:
       pairmill export out/my-dataset --format webdataset --out shards
       pairmill export out/my-dataset --format parquet --out table --where "clip_score > 0.3 AND width >= 512"
+      pairmill export --verify --out shards
     """
     from dataclasses import asdict
 
-    from pairmill.export.parquet import export_parquet
-    from pairmill.export.webdataset import export_webdataset
     from pairmill.report.progress import reporter_for
     from pairmill.store import Dataset
+
+    if verify:
+        _verify_export(dataset, out, output, where, pairs_per_shard, snapshot, as_json)
+        return
+    missing = " and ".join(name for name, given in (("DATASET", dataset), ("--format", output)) if given is None)
+    if dataset is None or output is None:
+        raise ConfigError(
+            f"missing: {missing}; `pairmill export DATASET --format webdataset --out DIR` writes an export, "
+            "`pairmill export --verify --out DIR` checks one"
+        )
+    from pairmill.export import export_parquet, export_webdataset
 
     write = export_webdataset if output is ExportFormat.WEBDATASET else export_parquet
     opened = Dataset(dataset).snapshot(snapshot)
     with reporter_for(sys.stderr) as reporter:
-        report = write(opened, out, where=where, pairs_per_shard=pairs_per_shard, progress=reporter)
+        report = write(opened, out, where=where, pairs_per_shard=pairs_per_shard or 10_000, progress=reporter)
     if as_json:
         print_json(asdict(report))
     else:
         typer.echo(shown(report.note))
+
+
+def _verify_export(
+    dataset: str | None,
+    out: str,
+    output: ExportFormat | None,
+    where: str | None,
+    pairs_per_shard: int | None,
+    snapshot: int | None,
+    as_json: bool,
+) -> None:
+    from dataclasses import asdict
+
+    from pairmill.export import verify_export
+    from pairmill.report.progress import reporter_for
+    from pairmill.report.text import without_secrets
+    from pairmill.store import Dataset
+
+    expected: dict[str, Any] = {
+        "dataset": without_secrets(Dataset(dataset).url) if dataset else None,
+        "format": output.value if output else None,
+        "where": where,
+        "pairs_per_shard": pairs_per_shard,
+        "snapshot": snapshot,
+    }
+    given = {name: value for name, value in expected.items() if value is not None}
+    with reporter_for(sys.stderr) as reporter:
+        report = verify_export(out, given, progress=reporter)
+    if as_json:
+        print_json({"ok": report.ok, **asdict(report)})
+    else:
+        for problem in report.problems:
+            typer.echo(shown(f"{problem.file}: {problem.detail}"))
+        if report.ok:
+            typer.echo(
+                shown(
+                    f"{report.out} is whole: {report.pairs:,} pairs of snapshot {report.snapshot} as {report.format}, "
+                    f"{report.files:,} files, {report.bytes:,} bytes"
+                )
+            )
+        elif report.files:
+            typer.echo(
+                "To mend it, remove the files that are wrong and run the same `pairmill export` again: it writes what "
+                "is missing."
+            )
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @train.command("clip")

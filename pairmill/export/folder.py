@@ -1,4 +1,4 @@
-"""The folder of an export: whole files only, and a manifest that is written last."""
+"""The folder of an export: whole files only, one writer at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from typing import Any
 
 import fsspec
 
-from pairmill.errors import ConfigError, StoreError
+from pairmill.errors import ConfigError, DatasetLocked, StoreError
 
-MANIFEST = "manifest.json"
-"""Says what the export is and lists its files; a folder without it is no finished export."""
-_BEGUN = ".export.json"
-"""Says what an unfinished export is going to be."""
+TEMPORARY = ".tmp"
+"""Ending of a file that is being written."""
 
 
 @dataclass(frozen=True)
@@ -71,59 +69,93 @@ class Folder:
         self._root = os.path.abspath(root) if self._local else root.rstrip("/")
         self.url = self._root if self._local else url.rstrip("/")
 
-    def begin(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Claim the folder for an export, or find one that was begun before.
-
-        Returns the manifest when the same export is there already, whole.
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Make the folder where there is none, and hold the right to write in it. The kernel frees the lock of a
+        process that died; object stores have no locks.
 
         Raises:
-            ConfigError: the folder holds something else.
+            ConfigError: it is a file.
+            DatasetLocked: another process is writing in it.
+            StoreError: it cannot be made.
         """
-        names = self._names()
-        for name in (MANIFEST, _BEGUN):
-            if name in names:
-                found = self.read_json(name)
-                if not isinstance(found, dict) or found.get("export") != identity:
-                    raise ConfigError(
-                        f"{self.url} holds another export ({_difference(found, identity)}); give an empty folder"
-                    )
-                return found if name == MANIFEST else None
-        if names - {name for name in names if name.endswith(".tmp")}:
-            raise ConfigError(f"{self.url} is not empty and holds no export; give a new folder")
-        self.fs.makedirs(self._root, exist_ok=True)
-        self.write_json(_BEGUN, {"export": identity})
-        return None
+        try:
+            if self.fs.exists(self._root) and not self.fs.isdir(self._root):
+                raise ConfigError(f"{self.url} is a file; give a folder")
+            self.fs.makedirs(self._root, exist_ok=True)
+            handle = os.open(self._root, os.O_RDONLY) if self._local else None
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.url}: {error}; mend access, then run the same again") from error
+        try:
+            if handle is not None:
+                _lock(handle, self.url)
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest: from now on the export is whole."""
-        self.write_json(MANIFEST, manifest)
-        self.fs.rm_file(self._path(_BEGUN))
-        for name in self._names():
-            if name.endswith(".tmp"):
-                self.fs.rm_file(self._path(name))
+    def sizes(self) -> dict[str, int]:
+        """Name and size in bytes of each thing in the folder; none where there is no folder. Folders count as empty."""
+        self.fs.invalidate_cache(self._root)
+        if not self.fs.isdir(self._root):
+            return {}
+        found = self.fs.ls(self._root, detail=True)
+        root = self._root.rstrip("/")
+        names = {
+            posixpath.basename(entry["name"].rstrip("/")): entry.get("size") or 0
+            for entry in found
+            if entry["name"].rstrip("/") != root
+        }  # object stores list an empty folder's own mark
+        return dict(sorted(names.items()))
+
+    def exists(self) -> bool:
+        """Whether the folder is there."""
+        return bool(self.fs.isdir(self._root))
+
+    def is_folder(self, name: str) -> bool:
+        """Whether it is a folder inside."""
+        return bool(self.fs.isdir(self._path(name)))
+
+    def read(self, name: str) -> bytes | None:
+        """A small file, or None when it is missing."""
+        try:
+            data: bytes = self.fs.cat_file(self._path(name))
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        return data
 
     def read_json(self, name: str) -> Any:
         """A JSON file, or None when it is missing or damaged."""
+        data = self.read(name)
         try:
-            return json.loads(self.fs.cat_file(self._path(name)))
-        except (FileNotFoundError, ValueError):
+            return None if data is None else json.loads(data)
+        except (ValueError, RecursionError):
             return None
 
-    def holds(self, written: Written) -> bool:
-        """Whether the file is there with these very bytes."""
-        path = self._path(written.name)
-        if not self.fs.exists(path) or self.fs.size(path) != written.bytes:
-            return False
-        digest = hashlib.sha256()
-        with self.fs.open(path, "rb") as file:
+    def open(self, name: str) -> Any:
+        """A file for reading."""
+        return self.fs.open(self._path(name), "rb")
+
+    def look(self, name: str) -> Written:
+        """Size and sha256 of a file that is there, which is read for it.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        digest, size = hashlib.sha256(), 0
+        with self.open(name) as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
-        return digest.hexdigest() == written.sha256
+                size += len(chunk)
+        return Written(name, size, digest.hexdigest())
 
     def write_json(self, name: str, value: Any) -> Written:
-        """Write a JSON file with sorted keys."""
+        """Write a JSON file with sorted keys; one that holds these very bytes already is left alone."""
+        data = (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        if self.read(name) == data:
+            return Written(name, len(data), hashlib.sha256(data).hexdigest())
         with self.create(name) as sink:
-            sink.write((json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+            sink.write(data)
         return sink.written(name)
 
     @contextlib.contextmanager
@@ -135,7 +167,7 @@ class Folder:
         """
         path = self._path(name)
         # Object stores show a file when it is closed; on a disk it takes a temporary name and a rename.
-        temporary = f"{path}.tmp" if self._local else path
+        temporary = f"{path}{TEMPORARY}" if self._local else path
         try:
             with self.fs.open(temporary, "wb") as file:
                 sink = Sink(file)
@@ -147,23 +179,59 @@ class Folder:
                 os.replace(temporary, path)
         except OSError as error:
             raise StoreError(
-                f"cannot write {path}: {error}; make room or mend access, then run the same export again: it goes on"
+                f"cannot write {path}: {error}; make room or mend access, then run the same again: it goes on"
             ) from error
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a file another name; whatever had that name is gone.
+
+        Raises:
+            StoreError: it cannot be done.
+        """
+        try:
+            if self._local:
+                os.replace(self._path(name), self._path(new))
+            else:
+                self.fs.mv(self._path(name), self._path(new))
+        except OSError as error:
+            raise StoreError(f"cannot rename {self._path(name)}: {error}; mend access, then run again") from error
+
+    def remove(self, name: str) -> None:
+        """Take a file away, if it is there.
+
+        Raises:
+            StoreError: it cannot be done.
+        """
+        try:
+            self.fs.rm_file(self._path(name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise StoreError(f"cannot remove {self._path(name)}: {error}; mend access, then run again") from error
+
+    def settle(self) -> None:
+        """Wait until the names of the folder's files are on the disk, so that a power cut cannot undo what was renamed
+        or removed before it and keep what came after."""
+        if self._local:
+            handle = os.open(self._root, os.O_RDONLY)
+            try:
+                with contextlib.suppress(OSError):  # not every file system can
+                    os.fsync(handle)
+            finally:
+                os.close(handle)
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)
 
-    def _names(self) -> set[str]:
-        if not self.fs.exists(self._root):
-            return set()
-        if not self.fs.isdir(self._root):
-            raise ConfigError(f"{self.url} is a file; give a folder")
-        return {posixpath.basename(path.rstrip("/")) for path in self.fs.ls(self._root, detail=False)}
 
+def _lock(handle: int, url: str) -> None:
+    import fcntl
 
-def _difference(found: Any, identity: dict[str, Any]) -> str:
-    there = found.get("export") if isinstance(found, dict) else None
-    if not isinstance(there, dict):
-        return "its manifest is damaged"
-    keys = [key for key in identity if there.get(key) != identity[key]]
-    return ", ".join(f"{key} {there.get(key)!r} instead of {identity[key]!r}" for key in keys)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DatasetLocked(
+            f"the export {url} is being written by another process; wait until it ends, then run again"
+        ) from error
+    except OSError:
+        pass  # a network file system without locks

@@ -28,17 +28,16 @@ def export_parquet(
 ) -> ExportReport:
     """Export the kept pairs of a snapshot as Parquet: the metadata columns of the WebDataset export, and ``image``.
 
-    Arguments and errors are those of `pairmill.export.webdataset.export_webdataset`.
+    Arguments, updates and errors are those of `pairmill.export.webdataset.export_webdataset`.
     """
     return export(snapshot, out, "parquet", _write_group, where, pairs_per_shard, progress)
 
 
-def _write_group(selection: Selection, group: Group, folder: Folder) -> tuple[int, list[Written]]:
-    metadata = selection.metadata(group)
+def _write_group(selection: Selection, group: Group, metadata: pa.Table, folder: Folder) -> list[Written]:
     schema = metadata.schema.append(fields.IMAGE)
     name = f"{group.number:05d}.parquet"
     with folder.create(name) as sink, pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
         for rows, images in selection.images(metadata):
             table = rows.append_column(fields.IMAGE, pa.array([image.to_pybytes() for image in images], pa.binary()))
             writer.write_table(table.cast(schema), row_group_size=ROW_GROUP)
-    return metadata.num_rows, [sink.written(name)]
+    return [sink.written(name)]

@@ -1,25 +1,38 @@
-"""What all formats share: walk over the groups, skip what is finished, write the manifest last."""
+"""What all formats share: walk over the groups, write what is not there, write the manifest last."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from pairmill.errors import StoreError
 from pairmill.export.folder import Folder, Written
-from pairmill.export.selection import Group, Selection
+from pairmill.export.manifest import (
+    LAYOUT,
+    FileEntry,
+    Manifest,
+    begin_changes,
+    find_export,
+    finish_changes,
+    statistics,
+    statistics_name,
+)
+from pairmill.export.registry import known_exports, register
+from pairmill.export.selection import Group, Selection, steady
+from pairmill.report.text import without_secrets
+from schemas.exports import ExportEvent
 
 if TYPE_CHECKING:
     from pairmill.report.progress import Reporter
     from pairmill.store import Snapshot
 
-LAYOUT = 2
-"""Raised when the same snapshot gives other files."""
-
-WriteGroup = Callable[[Selection, Group, Folder], tuple[int, list[Written]]]
-"""Writes the files of a group, the main one first; returns the number of samples and the files."""
+WriteGroup = Callable[[Selection, Group, pa.Table, Folder], list[Written]]
+"""Writes the files of a group, given its metadata; returns them, the main one first."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,15 @@ class ExportReport:
     """Size of the main files."""
     written: int
     """Main files written by this run; the others were there already."""
+    previous: int | None
+    """The snapshot that the export held before; null for a first export."""
+    new: tuple[str, ...]
+    """Main files that the previous export did not have."""
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unchanged: int
+    registered: bool
+    """Whether the dataset knows of this export. A takedown does not reach one that it does not know of."""
     note: str
     """One line to tell."""
 
@@ -49,89 +71,197 @@ def export(
     where: str | None,
     pairs_per_shard: int,
     progress: Reporter | None,
-    finish: Callable[[Folder, list[dict[str, Any]]], None] | None = None,
+    write_side: Callable[[Folder, Sequence[FileEntry]], Written] | None = None,
 ) -> ExportReport:
-    """Write or complete an export; `finish` may add files before the manifest.
+    """Write an export, complete one, or bring it to another snapshot; `write_side` writes a file beside all others.
 
     Raises:
         ConfigError: `out` holds something else, or `where` is wrong.
+        DatasetLocked: another process is writing in `out`.
         StoreError: a stored file cannot be read, or a file cannot be written.
     """
     identity = {
-        "dataset": snapshot.dataset.url,
-        "snapshot": snapshot.record.id,
-        "digest": hashlib.sha256(json.dumps(snapshot.record.to_row(), sort_keys=True).encode()).hexdigest(),
+        "dataset": without_secrets(snapshot.dataset.url),
         "format": kind,
         "where": where,
         "pairs_per_shard": pairs_per_shard,
         "layout": LAYOUT,
     }
+    record = snapshot.record
+    digest = hashlib.sha256(json.dumps(record.to_row(), sort_keys=True).encode()).hexdigest()
     folder = Folder(out)
-    with Selection(snapshot, where, pairs_per_shard) as selection:
-        manifest = folder.begin(identity)
-        if manifest is not None:
-            return _report(folder, identity, manifest["files"], 0)
+    with (
+        snapshot.dataset.reading(),
+        Selection(snapshot, where, pairs_per_shard) as selection,
+        folder.hold(),
+    ):
+        registry = _Registry(snapshot, folder, identity, progress)
+        there = find_export(folder, identity)
+        done = there.manifest
+        if done and (done.snapshot, done.digest) == (record.id, digest) and there.has_all_of(done):
+            finish_changes(folder, done)  # a killed process may have left something
+            return _report(folder, done, 0, registry.finished(done.pairs, anew=False))
+        registry.begun(selection.pairs)
+        begin_changes(folder, identity, there)
+        before = there.known or Manifest(identity, record.id, digest, 0)
+        old = {entry.number: entry for entry in before.files}
         if progress:
             progress.start(f"export {kind}", selection.pairs)
-        files, written = [], 0
-        for group in selection.groups:
-            done = _finished(folder, group)
-            if done is None:
-                samples, parts = write_group(selection, group, folder)
-                done = {"samples": samples, "files": [asdict(part) for part in parts]}
-                folder.write_json(_record(group), _statistics(done))
+        entries, written = [], 0
+        for group in selection.groups_behind(before.boundaries()):
+            metadata = steady(selection.metadata(group))
+            content = selection.content(metadata)
+            parts = _finished(folder, there.sizes, group.number, content, old.get(group.number))
+            if parts is None:
+                folder.remove(statistics_name(group.number))  # it never stands beside files that it does not mean
+                parts = write_group(selection, group, metadata, folder)
+                parts.append(
+                    folder.write_json(statistics_name(group.number), statistics(metadata.num_rows, content, parts))
+                )
                 written += 1
-            files.append({**done["files"][0], "samples": done["samples"]})
+            entries.append(_entry(group, metadata.num_rows, content, parts, old.get(group.number), record.id))
             if progress:
-                progress.advance(done["samples"], {})
-        if finish:
-            finish(folder, files)
-        folder.finish({"export": identity, "pairs": selection.pairs, "files": files})
+                progress.advance(metadata.num_rows, {})
+        side = (write_side(folder, entries),) if write_side else ()
+        whole = Manifest(identity, record.id, digest, selection.pairs, files=tuple(entries), side=side)
+        manifest = _compared(whole, there.known)
+        finish_changes(folder, manifest)
         if progress:
             progress.finish()
-    return _report(folder, identity, files, written)
+        return _report(folder, manifest, written, registry.finished(manifest.pairs))
 
 
-def _record(group: Group) -> str:
-    """The file that is written when a group is finished; named and built as img2dataset's statistics."""
-    return f"{group.number:05d}_stats.json"
+def _finished(
+    folder: Folder, sizes: dict[str, int], number: int, content: str, before: FileEntry | None
+) -> list[Written] | None:
+    """The files of a group, if they are there, whole, with this content.
 
-
-def _statistics(done: dict[str, Any]) -> dict[str, Any]:
-    samples = done["samples"]
-    return {
-        "count": samples,
-        "successes": samples,
-        "failed_to_download": 0,
-        "failed_to_resize": 0,
-        "status_dict": {"success": samples} if samples else {},
-        "files": done["files"],
-    }
-
-
-def _finished(folder: Folder, group: Group) -> dict[str, Any] | None:
-    """What an earlier run recorded of a group, if its files are all there, whole."""
-    found = folder.read_json(_record(group))
-    if not found or not all(folder.holds(Written(**part)) for part in found["files"]):
+    Files of the export that was there before are known by their size; what an interrupted run wrote is read.
+    """
+    name = statistics_name(number)
+    data = folder.read(name) if name in sizes else None
+    try:
+        found = json.loads(data or b"{}")
+        if found["content"] != content:
+            return None
+        parts = [Written(**part) for part in found["files"]]
+    except (KeyError, TypeError, ValueError):
         return None
-    return {"samples": found["count"], "files": found["files"]}
+    assert data is not None
+    parts_and_record = [*parts, Written(name, len(data), hashlib.sha256(data).hexdigest())]
+    trusted = before is not None and before.content == content and before.parts == parts_and_record
+    whole = all(sizes.get(p.name) == p.bytes and (trusted or folder.look(p.name) == p) for p in parts)
+    return parts_and_record if whole else None
 
 
-def _report(folder: Folder, identity: dict[str, Any], files: list[dict[str, Any]], written: int) -> ExportReport:
-    samples = sum(file["samples"] for file in files)
-    if written:
-        kept = f", {len(files) - written} were there already" if written < len(files) else ""
-        note = f"{samples} pairs in {len(files)} files ({written} written{kept})"
-    else:
-        note = f"{folder.url} holds this export already: {samples} pairs in {len(files)} files"
-    return ExportReport(
-        folder.url,
-        identity["format"],
-        identity["snapshot"],
-        identity["where"],
+def _entry(
+    group: Group, samples: int, content: str, parts: list[Written], before: FileEntry | None, snapshot: int
+) -> FileEntry:
+    main, *side = parts
+    same = before is not None and (before.content, before.sha256) == (content, main.sha256)
+    since = before.since if before is not None and same else snapshot
+    return FileEntry(
+        main.name,
+        main.bytes,
+        main.sha256,
         samples,
-        tuple(file["name"] for file in files),
-        sum(file["bytes"] for file in files),
-        written,
-        note,
+        (group.first, group.last),
+        group.digits,
+        content,
+        since,
+        side=tuple(side),
+    )
+
+
+def _compared(now: Manifest, before: Manifest | None) -> Manifest:
+    """The manifest with what it says of the one before."""
+    old = {entry.name: (entry.content, entry.sha256) for entry in before.files} if before else {}
+    new = tuple(e.name for e in now.files if e.name not in old)
+    changed = tuple(e.name for e in now.files if e.name in old and old[e.name] != (e.content, e.sha256))
+    removed = tuple(sorted(old.keys() - {e.name for e in now.files}))
+    unchanged = len(now.files) - len(new) - len(changed)
+    if before and (before.snapshot, before.digest) == (now.snapshot, now.digest) and not (new or changed or removed):
+        # Lost files were written again, the same as before.
+        return replace(
+            now,
+            previous=before.previous,
+            new=before.new,
+            changed=before.changed,
+            removed=before.removed,
+            unchanged=before.unchanged,
+        )
+    previous = before.snapshot if before else None
+    return replace(now, previous=previous, new=new, changed=changed, removed=removed, unchanged=unchanged)
+
+
+class _Registry:
+    """Enters an export in its dataset's list, or says that this cannot be done."""
+
+    def __init__(
+        self, snapshot: Snapshot, folder: Folder, identity: Mapping[str, Any], progress: Reporter | None
+    ) -> None:
+        self._dataset = snapshot.dataset
+        self._out = folder.url
+        self._what = {name: identity[name] for name in ("format", "where", "pairs_per_shard")}
+        self._what["snapshot"] = snapshot.record.id
+        self._progress = progress
+        self._told = False
+
+    def begun(self, pairs: int) -> bool:
+        """Before the first byte is written."""
+        return self._enter(ExportEvent.BEGUN, pairs)
+
+    def finished(self, pairs: int, *, anew: bool = True) -> bool:
+        """When it is whole; not `anew`: if that was entered before, nothing is entered."""
+        try:
+            known = () if anew else known_exports(self._dataset)
+        except StoreError:
+            known = ()
+        out, snapshot = without_secrets(self._out), self._what["snapshot"]
+        if any((k.out, k.snapshot) == (out, snapshot) and k.event is not ExportEvent.BEGUN for k in known):
+            return True
+        return self._enter(ExportEvent.FINISHED, pairs)
+
+    def _enter(self, event: ExportEvent, pairs: int) -> bool:
+        try:
+            register(self._dataset, self._out, event, pairs=pairs, **self._what)
+        except StoreError as error:
+            if self._progress and not self._told:
+                self._progress.note(
+                    f"warning: takedowns will not reach this export, because its dataset cannot be written "
+                    f"and so does not know of it ({error})"
+                )
+            self._told = True
+        return not self._told
+
+
+def _report(folder: Folder, manifest: Manifest, written: int, registered: bool) -> ExportReport:
+    files = manifest.files
+    samples = sum(file.samples for file in files)
+    total = f"{samples} pairs in {len(files)} files"
+    if written and manifest.previous is not None:
+        parts = {"new": len(manifest.new), "changed": len(manifest.changed), "removed": len(manifest.removed)}
+        told = ", ".join(f"{count} {name}" for name, count in parts.items() if count) or "none changed"
+        note = f"{total}: {told}, {manifest.unchanged} as in snapshot {manifest.previous} ({written} written)"
+    elif written:
+        kept = f", {len(files) - written} were there already" if written < len(files) else ""
+        note = f"{total} ({written} written{kept})"
+    else:
+        note = f"{folder.url} holds this export already: {total}"
+    return ExportReport(
+        out=folder.url,
+        format=manifest.export["format"],
+        snapshot=manifest.snapshot,
+        where=manifest.export["where"],
+        samples=samples,
+        files=tuple(file.name for file in files),
+        bytes=sum(file.bytes for file in files),
+        written=written,
+        previous=manifest.previous,
+        new=manifest.new,
+        changed=manifest.changed,
+        removed=manifest.removed,
+        unchanged=manifest.unchanged,
+        registered=registered,
+        note=note,
     )

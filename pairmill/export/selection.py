@@ -1,19 +1,24 @@
 """What an export takes from a snapshot: which pairs, in which file, with which metadata.
 
 Files follow the dataset: consecutive shards go into one file until it would hold more than `pairs_per_shard` *admitted*
-pairs. So which file a pair belongs to depends neither on thresholds nor on shards that come later.
+pairs. So which file a pair belongs to depends neither on thresholds nor on shards that come later. Where an export is
+there already its boundaries hold, and shards that are new to it go into files of their own behind them.
 """
 # ruff: noqa: S608 - SQL is put together from numbers and from the condition that the caller asks for
 
 from __future__ import annotations
 
+import hashlib
 import json
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pairmill.errors import ConfigError, StoreError
 from pairmill.query import connect, select
@@ -44,6 +49,16 @@ _FIRST = (
 )
 """Metadata columns in their order, after ``key``; the rest of the view ``pairs`` follows by name."""
 
+_DIGESTED = 1000
+"""Rows that are digested at a time; another number gives other digests."""
+
+_TOLD_ELSEWHERE = ("text", "status", "reason", "detail", "duplicate_of")
+"""Columns of the view ``pairs`` that say nothing of a kept pair, or what its texts say."""
+
+_UNSTEADY = ("cluster", "http_status", "final_url", "etag", "last_modified", "attempts", "retry_at")
+"""Columns that change though the pair itself does not: when a duplicate of it comes, when its image is looked at again,
+and while it is deferred. They are not exported (`steady`), or such events would change old files for nothing."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -53,21 +68,41 @@ class Group:
     first: int
     last: int
     admitted: int
+    digits: int = 4
+    """Digits of the position in its keys."""
 
 
-def group_shards(files: Sequence[DataFile], pairs_per_shard: int) -> list[Group]:
-    """Consecutive shards, filled up to `pairs_per_shard` admitted pairs; a larger shard is a group of its own."""
+def group_shards(files: Sequence[DataFile], pairs_per_shard: int, pinned: Sequence[Group] = ()) -> list[Group]:
+    """Consecutive shards, filled up to `pairs_per_shard` admitted pairs; a larger shard is a group of its own.
+
+    Groups that are `pinned` keep their number, shards and digits, however few pairs are left in them; those at the end
+    without any shard are left out. Shards outside of them make groups behind them.
+    """
     admitted: dict[int, int] = defaultdict(int)
     for file in files:
         admitted[file.shard] += file.rows
+    shards = sorted(admitted)
     groups: list[Group] = []
-    for shard in sorted(admitted):
-        last = groups[-1] if groups else None
-        if last is None or last.admitted + admitted[shard] > pairs_per_shard:
-            groups.append(Group(len(groups), shard, shard, admitted[shard]))
+    free = set(shards)
+    for group in pinned:
+        inside = shards[bisect_left(shards, group.first) : bisect_left(shards, group.last + 1)]
+        free.difference_update(inside)
+        groups.append(replace(group, admitted=sum(admitted[shard] for shard in inside)))
+    while groups and not groups[-1].admitted:
+        groups.pop()
+    starts = sorted(group.first for group in groups)
+    added: list[Group] = []
+    for shard in sorted(free):
+        last = added[-1] if added else None
+        # A group is a range of shards: it must not reach over one that is pinned.
+        apart = last is not None and bisect_left(starts, last.last) != bisect_left(starts, shard)
+        if last is None or apart or last.admitted + admitted[shard] > pairs_per_shard:
+            added.append(Group(len(groups) + len(added), shard, shard, admitted[shard]))
         else:
-            groups[-1] = Group(last.number, last.first, shard, last.admitted + admitted[shard])
-    return groups
+            added[-1] = replace(last, last=shard, admitted=last.admitted + admitted[shard])
+    widest = max([pairs_per_shard, *(group.admitted for group in added)])
+    digits = max([4, len(str(widest - 1)), *(group.digits for group in groups)])
+    return groups + [replace(group, digits=digits) for group in added]
 
 
 class Selection:
@@ -81,12 +116,11 @@ class Selection:
         if pairs_per_shard < 1:
             raise ConfigError(f"pairs_per_shard must be 1 or more, not {pairs_per_shard}")
         self.snapshot = snapshot
-        self._images = snapshot.columns.get(fields.IMAGE.name)
-        if self._images is None:
+        images = snapshot.columns.get(fields.IMAGE.name)
+        if images is None:
             raise ConfigError(f"the recipe {snapshot.record.recipe!r} stores no images, so there is nothing to export")
-        self.groups = group_shards(snapshot.files(PAIRS_TABLE), pairs_per_shard)
-        widest = max([pairs_per_shard, *(group.admitted for group in self.groups)])
-        self._index_digits = max(4, len(str(widest - 1)))
+        self._images: str = images
+        self._pairs_per_shard = pairs_per_shard
         self._connection: duckdb.DuckDBPyConnection = connect(snapshot)
         try:
             self.pairs = self._select(where)
@@ -116,9 +150,18 @@ class Selection:
         self._connection.register("selected_pairs", selected)
         return selected.num_rows
 
+    @property
+    def groups(self) -> list[Group]:
+        """The groups of a new export."""
+        return self.groups_behind(())
+
+    def groups_behind(self, pinned: Sequence[Group]) -> list[Group]:
+        """The groups of an export of which these are there already (`group_shards`)."""
+        return group_shards(self.snapshot.files(PAIRS_TABLE), self._pairs_per_shard, pinned)
+
     def key(self, group: Group, index: int) -> str:
         """img2dataset's key of a sample: five digits of the file, four or more of the position in it."""
-        return f"{group.number:05d}{index:0{self._index_digits}d}"
+        return f"{group.number:05d}{index:0{group.digits}d}"
 
     def metadata(self, group: Group) -> pa.Table:
         """The selected pairs of a group with all that is known of them, by shard and uid: one row a sample, ``key``
@@ -126,7 +169,7 @@ class Selection:
         here = f"shard BETWEEN {group.first} AND {group.last}"
         table = select(
             self._connection,
-            f"""SELECT p.* EXCLUDE (text, status, reason, detail, duplicate_of), 'success' AS status,
+            f"""SELECT p.* EXCLUDE ({", ".join(_TOLD_ELSEWHERE)}), 'success' AS status,
                 NULL::VARCHAR AS error_message, t.texts, b.boxes
                 FROM (FROM pairs WHERE {here}) p
                 SEMI JOIN (FROM selected_pairs WHERE {here}) s ON p.uid = s.uid
@@ -143,13 +186,22 @@ class Selection:
         rest = sorted(set(table.column_names) - set(first))
         return table.select([*first, *rest]).add_column(0, pa.field("key", pa.string()), keys)
 
+    def content(self, metadata: pa.Table) -> str:
+        """A digest of what a file holds: its metadata, in order, and which images. It reads no image: a stored one is
+        known by its table (how it was made), the sha256 of what was fetched, and its format."""
+        columns = [[field.name, str(field.type)] for field in metadata.schema]
+        digest = hashlib.sha256(json.dumps([self._images, metadata.num_rows, columns]).encode())
+        for start in range(0, metadata.num_rows, _DIGESTED):  # so that each column is one array, however long its texts
+            for column in metadata.slice(start, _DIGESTED).columns:
+                _digest_values(digest, pa.concat_arrays(column.chunks))
+        return digest.hexdigest()
+
     def images(self, metadata: pa.Table) -> Iterator[tuple[pa.Table, list[pa.Buffer]]]:
         """The rows of `metadata` with their stored image files, not copied, one dataset shard at a time.
 
         Raises:
             StoreError: a pair that is kept has no image.
         """
-        assert self._images is not None
         files: dict[int, list[DataFile]] = defaultdict(list)
         for file in self.snapshot.files(self._images):
             files[file.shard].append(file)
@@ -171,6 +223,36 @@ class Selection:
                     )
                 images.append(image)
             yield rows, images
+
+
+def _digest_values(digest: hashlib._Hash, values: pa.Array) -> None:
+    """Feed the values of an array, however it is laid out: which are null, how long, and their bytes."""
+    kind = values.type
+    digest.update(np.packbits(values.is_null().to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_struct(kind):
+        for child in values.flatten():  # with the nulls of the structs
+            _digest_values(digest, child)
+    elif pa.types.is_list(kind):
+        digest.update(pc.fill_null(pc.list_value_length(values), 0).to_numpy())
+        _digest_values(digest, values.flatten())
+    elif pa.types.is_string(kind):
+        known = pc.fill_null(values, "")
+        _, places, data = known.buffers()
+        offsets = np.frombuffer(places, np.int32, len(known) + 1, known.offset * 4)
+        digest.update(offsets - offsets[0])
+        if data is not None:
+            digest.update(memoryview(data)[offsets[0] : offsets[-1]])
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        digest.update(pc.fill_null(values, 0).to_numpy())
+    elif pa.types.is_boolean(kind):
+        digest.update(np.packbits(pc.fill_null(values, False).to_numpy(zero_copy_only=False)).tobytes())
+    else:  # of a stage of one's own
+        digest.update(repr(values.to_pylist()).encode())
+
+
+def steady(metadata: pa.Table) -> pa.Table:
+    """The columns that are exported: all but those that change though the pair itself does not."""
+    return metadata.select([name for name in metadata.column_names if name not in _UNSTEADY])
 
 
 def as_json(rows: pa.Table) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pairmill.errors import ConfigError, StoreError
 from pairmill.export import export_parquet, export_webdataset
 from pairmill.export.folder import Folder
 from pairmill.export.selection import group_shards
-from pairmill.export.webdataset import _header
+from pairmill.export.tar import header
 from pairmill.store import DataFile
 from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
 from tests.readers import open_clip_loader
@@ -144,11 +144,20 @@ def test_parquet_and_statistics_stand_beside_each_tar(exported):
 
 def test_the_manifest_holds(built, exported):
     manifest = json.loads((exported / "manifest.json").read_text())
-    assert manifest["export"]["snapshot"] == 1 and manifest["export"]["dataset"] == built.dataset.url
+    assert manifest["snapshot"] == 1 and manifest["export"]["dataset"] == built.dataset.url
     assert manifest["export"]["where"] is None
+    listed = {"manifest.json"}
     for file in manifest["files"]:
-        data = (exported / file["name"]).read_bytes()
-        assert (file["bytes"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert file["since"] == 1
+        for part in (file, *file["side"]):
+            data = (exported / part["name"]).read_bytes()
+            assert (part["bytes"], part["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+            listed.add(part["name"])
+    assert {*listed, "sizes.json"} == {path.name for path in exported.iterdir()}
+    assert [part["name"] for part in manifest["side"]] == ["sizes.json"]
+    assert [file["shards"] for file in manifest["files"]] == [[0, 1], [2, 3], [4, 4]]
+    assert (manifest["previous"], manifest["new"]) == (None, [file["name"] for file in manifest["files"]])
+    assert (manifest["changed"], manifest["removed"], manifest["unchanged"]) == ([], [], 0)
     assert sum(file["samples"] for file in manifest["files"]) == manifest["pairs"] == 20
 
 
@@ -320,7 +329,7 @@ def test_to_any_file_system(built, exported):
 def test_headers_are_those_of_tarfile(name, size):
     expected = tarfile.TarInfo(name)
     expected.size = size
-    assert _header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
+    assert header(name, size) == expected.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_parquet(built, exported, tmp_path):
