@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pairmill import __version__
+from pairmill.commands import versions
 from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, Wait, print_json, shown
 from pairmill.errors import ConfigError, PairmillError
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from pairmill.demo_examples import Example
     from pairmill.run import RunReport
-    from schemas.snapshot import SnapshotRecord
 
 POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
 """Top-level packages with names so general that another checkout could stand in front of ours."""
@@ -40,6 +40,11 @@ app = typer.Typer(
 )
 train = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train the models that the stages use.")
 app.add_typer(train, name="train")
+app.command()(versions.status)
+app.command()(versions.snapshots)
+app.command()(versions.diff)
+app.command()(versions.rollback)
+app.command()(versions.vacuum)
 
 
 class TableFormat(str, Enum):
@@ -183,47 +188,6 @@ def plan(
     refused = f" {report.taken_down:,} rows of the sources were taken down before." if report.taken_down else ""
     again = f" {report.retried:,} deferred pairs would be tried again." if report.retried else ""
     typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {shown(loaded.dataset)}.{again}{refused}")
-
-
-@app.command()
-def status(dataset: DatasetUrl, snapshot: SnapshotId = None, as_json: AsJson = False) -> None:
-    """Show a snapshot: its counts, its funnel and what was deferred.
-
-    \b
-    Examples:
-      pairmill status out/my-dataset
-      pairmill status s3://bucket/my-dataset --json
-    """
-    from pairmill.store import Dataset
-
-    record = Dataset(dataset).snapshot(snapshot).record
-    if as_json:
-        print_json(_record_json(record))
-    else:
-        _print_snapshot(dataset, record)
-
-
-@app.command()
-def snapshots(dataset: DatasetUrl, as_json: AsJson = False) -> None:
-    """List the snapshots of a dataset, oldest first. Old ones stay readable: --snapshot N.
-
-    \b
-    Examples:
-      pairmill snapshots out/my-dataset
-      pairmill sql out/my-dataset --snapshot 1 "SELECT count(*) FROM pairs"
-    """
-    from pairmill.report.table import print_table
-    from pairmill.store import Dataset
-
-    opened = Dataset(dataset)
-    records = opened.snapshots() or [opened.snapshot().record]  # without any, snapshot() says what is wrong
-    if as_json:
-        print_json([_record_json(record) for record in records])
-        return
-    header = ("id", "created_at", "recipe", "refresh", "admitted", "kept", "dropped", "deferred", "seconds")
-    rows = [[getattr(record, name) for name in header] for record in records]
-    numbers = {"id", "refresh", "admitted", "kept", "dropped", "deferred", "seconds"}
-    print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=numbers)
 
 
 @app.command()
@@ -529,39 +493,20 @@ def demo(
 def _run_json(report: RunReport) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {**asdict(report), "snapshot": _record_json(report.snapshot) if report.snapshot else None}
-
-
-def _record_json(record: SnapshotRecord) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    from pairmill.report.funnel import check_funnel
-    from pairmill.report.text import without_secrets
-
-    check_funnel(record)
-    return {**asdict(record), "config": without_secrets(record.config)}
+    return {**asdict(report), "snapshot": versions.record_json(report.snapshot) if report.snapshot else None}
 
 
 def _print_run(dataset: str, report: RunReport) -> None:
     if report.snapshot is None:
         typer.echo("The sources hold no rows: nothing was done.")
         return
-    _print_snapshot(dataset, report.snapshot)
+    versions.print_snapshot(dataset, report.snapshot)
     computed = ", ".join(f"{stage} {rows:,}" for stage, rows in report.computed.items()) or "nothing"
     published = "published" if report.published else "nothing new: still"
     typer.echo(
         f"\n{published} snapshot {report.snapshot.id} in {report.seconds:,.1f} s; {report.admitted_new:,} new pairs, "
         f"{report.known:,} known, {report.repeated:,} repeated; rows computed: {computed}"
     )
-
-
-def _print_snapshot(dataset: str, record: SnapshotRecord) -> None:
-    from pairmill.report.funnel import print_funnel
-
-    typer.echo(f"{shown(dataset)}: snapshot {record.id} of {record.created_at}, recipe {record.recipe}\n")
-    print_funnel(record, sys.stdout)
-    if record.deferred:
-        typer.echo("Deferred pairs are tried again by `pairmill run CONFIG.yaml --retry-deferred`.")
 
 
 def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example]) -> None:

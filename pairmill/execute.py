@@ -54,6 +54,11 @@ def table_schema(plan: Plan, table: str) -> pa.Schema:
     raise ContractError(f"the plan has no table {table!r}")
 
 
+def table_files(dataset: Dataset, plan: Plan) -> dict[str, list[DataFile]]:
+    """The visible files of all tables of a plan."""
+    return {name: dataset.table(name, table_schema(plan, name)).files() for name in (PAIRS_TABLE, *plan.tables)}
+
+
 class _Part:
     """The rows of one stage's table, stored and new, and where each row of the base is among them."""
 
@@ -104,6 +109,14 @@ class Frame:
 
     def __len__(self) -> int:
         return len(self.uid)
+
+    def files(self, table: str) -> Sequence[DataFile]:
+        """The files of a table that it sees."""
+        return self._files.get(table, ())
+
+    def removals(self, table: str) -> int:
+        """How often files were taken out of a table."""
+        return self._dataset.table(table, table_schema(self._plan, table)).removals()
 
     def pairs_column(self, name: str) -> pa.ChunkedArray:
         """A column of the pairs table, whole."""
@@ -350,6 +363,8 @@ class Unit:
     """Who is live: bits over the rows of the shard's pairs file, packed, hex."""
     files: dict[str, list[dict[str, Any]]]
     """The files of the shard, by table: `DataFile` as dictionaries."""
+    removals: dict[str, int] = field(default_factory=dict)
+    """How often files were taken out of each table (`Table.removals`)."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """Files to commit: `DataFile` with ``table``."""
     computed: dict[str, int] = field(default_factory=dict)
@@ -434,24 +449,11 @@ class Worker:
 
     def _taken_down(self, output: pa.Table) -> pa.Table:
         """What a stage measured, without the images that were taken down for good."""
-        if not {fields.SHA256.name, fields.PIXEL_SHA256.name} <= set(output.column_names):
+        if fields.SHA256.name not in output.column_names:
             return output
         if self._tombstones is None:
             self._tombstones = Tombstones.load(self._dataset)
-        if not self._tombstones:
-            return output
-        barred = self._tombstones.bars_images(output.column("sha256"), output.column("pixel_sha256"))
-        if fields.FINAL_URL.name in output.column_names:
-            urls = self._tombstones.bars_pairs(output.column("uid"), [output.column(fields.FINAL_URL.name)])
-            barred = pc.or_(barred, urls)
-        if not barred.true_count:
-            return output
-        empty = {
-            f.name: pc.if_else(barred, pa.scalar(None, f.type), _flat(output.column(f.name))) for f in output.schema
-        }
-        empty["uid"] = output.column("uid")
-        empty["reason"] = pc.if_else(barred, Reason.TAKEDOWN_IMAGE.value, _flat(output.column("reason")))
-        return pa.table(empty, schema=output.schema)
+        return self._tombstones.without_images(output)
 
     def _kernel(self, planned: PlannedStep) -> Kernel:
         if planned.index not in self._kernels:
@@ -469,7 +471,7 @@ class Worker:
         names = {}
         for planned in self._group.steps:
             if planned.table is not None:
-                adopted, names[planned.index] = self._adopt(planned.table, unit.shard, unit.live, files)
+                adopted, names[planned.index] = self._adopt(planned.table, unit, files)
                 for file in adopted:
                     frame.adopt(planned.table, file)
                     outputs.append({"table": planned.table, **asdict(file)})
@@ -504,18 +506,20 @@ class Worker:
             errors={**unit.errors, **walk.errors},
         )
 
-    def _adopt(self, table: str, shard: int, live: str, files: dict[str, list[DataFile]]) -> tuple[list[DataFile], str]:
+    def _adopt(self, table: str, unit: Unit, files: dict[str, list[DataFile]]) -> tuple[list[DataFile], str]:
         """Files that an interrupted run finished for this very work but did not commit, and a name for the next one.
 
-        A name says what the work is: which pairs, who of them is live and what the table holds already. So the same
-        work has the same name in every run, and other work never finds the file.
+        A name says what the work is: which pairs, who of them is live, what the table holds already, and how often
+        something was taken out of it. So the same work has the same name in every run, and other work never finds the
+        file.
         """
         adopted: list[DataFile] = []
         known = [f.relative for f in files.get(table, [])]
         pairs = sorted(f.relative for f in files.get(PAIRS_TABLE, []))
+        work = [pairs, unit.live, unit.removals.get(table, 0)]
         while True:
-            name = "part-" + hashlib.sha256(json.dumps([pairs, live, sorted(known)]).encode()).hexdigest()[:16]
-            found = existing_file(self._dataset, table, shard, name)
+            name = "part-" + hashlib.sha256(json.dumps([*work, sorted(known)]).encode()).hexdigest()[:16]
+            found = existing_file(self._dataset, table, unit.shard, name)
             if found is None:
                 return adopted, name
             adopted.append(found)
@@ -606,7 +610,7 @@ class _Walk:
         return pa.concat_tables(outputs)
 
 
-def units_to_do(plan: Plan, segment: int, frame: Frame, files: Mapping[str, Sequence[DataFile]]) -> Iterator[Unit]:
+def units_to_do(plan: Plan, segment: int, frame: Frame) -> Iterator[Unit]:
     """One unit for each shard that has rows to compute in a segment of map stages."""
     steps = plan.segments[segment].steps
     first = steps[0].index
@@ -615,12 +619,18 @@ def units_to_do(plan: Plan, segment: int, frame: Frame, files: Mapping[str, Sequ
     for index, rows in replay(plan, frame, steps[-1].index + 1).todo.items():
         if index >= first:
             todo[rows] = True
+    wanted = (PAIRS_TABLE, *plan.tables[: sum(s.table is not None for s in plan.steps[: steps[-1].index + 1])])
+    return units_of(frame, wanted, before.live, todo)
+
+
+def units_of(frame: Frame, tables: Sequence[str], live: np.ndarray, todo: np.ndarray) -> Iterator[Unit]:
+    """One unit for each shard with a row in `todo`, with the files of `tables` and who of its rows is live."""
     shards = frame.pairs_column("shard").to_numpy()
     by_shard: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    wanted = {PAIRS_TABLE, *plan.tables[: sum(s.table is not None for s in plan.steps[: steps[-1].index + 1])]}
-    for table in sorted(wanted):
-        for file in files.get(table, ()):
+    removals = {table: frame.removals(table) for table in tables} if todo.any() else {}
+    for table in sorted(tables):
+        for file in frame.files(table):
             by_shard.setdefault(file.shard, {}).setdefault(table, []).append(asdict(file))
     for shard in np.unique(shards[todo]).tolist():
         low, high = np.searchsorted(shards, [shard, shard + 1])  # pairs files are listed by shard
-        yield Unit(shard, pack(before.live[low:high]), by_shard[shard])
+        yield Unit(shard, pack(live[low:high]), by_shard[shard], removals)

@@ -5,6 +5,7 @@ Everything that can be wrong with a recipe is found here, before a dataset is to
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,7 @@ from pairmill.errors import PlanError
 from pairmill.stage import GlobalStage, GlobalVerdict, Resources, Stage, Step, Verdict
 from pairmill.store import PAIRS_TABLE
 from schemas import fields
+from schemas.config import Section
 
 Kind = Literal["stage", "verdict", "global stage", "global verdict"]
 
@@ -215,3 +217,15 @@ def _place(resources: Resources) -> tuple[float, float, int]:
 def _group(resources: Resources, steps: list[PlannedStep]) -> Group:
     actor = any(isinstance(s.step, Stage) and s.step.resources.actor for s in steps)
     return Group(Resources(resources.cpus, resources.gpus, resources.rows, actor), tuple(steps))
+
+
+def model_identities(plan: Plan) -> dict[str, str]:
+    """What identifies the model of each stage that has one."""
+    found = {}
+    for planned in plan.steps:
+        for f in dataclasses.fields(planned.step):  # type: ignore[arg-type]
+            value = getattr(planned.step, f.name)
+            identity = getattr(value, "identity", None)
+            if callable(identity) and not isinstance(value, Section):  # a part of the config is no model
+                found[f"{planned.name}.{f.name}"] = str(identity())
+    return found

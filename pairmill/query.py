@@ -18,7 +18,7 @@ import fsspec
 import pyarrow as pa
 
 from pairmill.errors import ConfigError, StoreError
-from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, SNAPSHOTS_TABLE
+from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, SNAPSHOTS_TABLE
 from schemas import fields
 from schemas.snapshot import SNAPSHOTS
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
     from pairmill.store import DataFile, Dataset, Snapshot
 
-VIEWS = ("pairs", "texts", "images", "boxes", "instructions", "snapshots")
+VIEWS = ("pairs", "texts", "images", "image_history", "boxes", "instructions", "snapshots")
 """What a query can name."""
 
 _PROTOCOL = "snapshot"
 _LEDGER = ("status", "reason", "detail", "duplicate_of", "cluster")
+_RETRIES = ("attempts", "retry_at")
+"""Columns of the ledger that older datasets lack."""
 _NAMED = ("width", "height", "sha256", "clip_score", "itm_score")
 """Columns that ``pairs`` always has, null where the recipe does not measure them."""
 _INSTRUCTIONS = "uid VARCHAR, kind VARCHAR, messages VARCHAR, writer VARCHAR, prompt_digest VARCHAR"
@@ -60,6 +62,30 @@ def select(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         raise ConfigError(f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns") from error
 
 
+def where(snapshot: Snapshot, condition: str) -> pa.Table:
+    """``uid`` and ``shard`` of the pairs that satisfy a condition over the view ``pairs``.
+
+    Raises:
+        ConfigError: it is no SQL condition.
+    """
+    with connect(snapshot) as connection:
+        return filtered(connection, "FROM pairs", condition)
+
+
+def filtered(connection: duckdb.DuckDBPyConnection, pairs: str, condition: str) -> pa.Table:
+    """As `where`, of the rows of `pairs`, on a connection that is open already."""
+    import duckdb
+
+    try:
+        # `filter` takes an expression and nothing else: no other statement, no UNION, no other table.
+        return connection.sql(pairs).set_alias("pairs").filter(condition).project("uid, shard").to_arrow_table()
+    except duckdb.Error as error:
+        raise ConfigError(
+            f"where = {condition!r} is no SQL condition over the view pairs: {error}\n"
+            '`pairmill sql DATASET "DESCRIBE pairs"` shows its columns'
+        ) from error
+
+
 def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection in memory with `VIEWS` over a snapshot; close it, or use it in a ``with`` statement.
 
@@ -72,6 +98,8 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         Where no mixing recipe chose, all texts of a kept pair are kept, in their order
     ``images``
         one row a stored image
+    ``image_history``
+        one row a stored image that a revisit replaced: what it was, the last snapshot that has it, and by what
     ``boxes``
         one row a box, in pixels of the stored image, clipped to it; boxes outside of it (cropped away) are left out
     ``instructions``
@@ -122,6 +150,7 @@ class _Views:
         self._pairs()
         self._texts()
         self._images()
+        self._history()
         self._boxes()
         self._connection.execute(f"CREATE TABLE instructions ({_INSTRUCTIONS})")
         self._snapshots()
@@ -151,6 +180,11 @@ class _Views:
         caption = f"{self._caption(joined)} AS caption"
         selected = ["p.uid", "p.url", "p.text", caption, "p.shard", "p.refresh"]
         selected += [_of(LEDGER_TABLE, column) for column in _LEDGER]
+        for column in _RETRIES:
+            there = self._columns[LEDGER_TABLE].get(column)
+            if there:
+                joined[LEDGER_TABLE].append(column)
+            selected.append(_of(LEDGER_TABLE, column) if there else f"NULL AS {column}")
         for column in (*_NAMED, "source", "extra", *measured):
             if column in ("source", "extra"):
                 selected.append(f"p.{column}")
@@ -246,6 +280,13 @@ class _Views:
         shown = ", ".join(_name(c) if c in there else f"NULL::{_sql_type(c)} AS {_name(c)}" for c in columns)
         # Rows without a reason have an image; asking the image column itself would read it.
         self._view("images", f"SELECT {shown} FROM store.{_name(table)} WHERE reason IS NULL")
+
+    def _history(self) -> None:
+        """What stored images were before they changed."""
+        if HISTORY_TABLE in self._columns:
+            self._view(HISTORY_TABLE, f"SELECT * FROM store.{HISTORY_TABLE}")
+        else:
+            self._view(HISTORY_TABLE, "SELECT uid, NULL::INTEGER AS after_snapshot, sha256 FROM images WHERE false")
 
     def _boxes(self) -> None:
         self._view(

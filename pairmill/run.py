@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib
 import importlib.metadata
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +17,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from pairmill import config_file
+from pairmill import config_file, retry, revisits
 from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
 from pairmill.engines import open_engine
 from pairmill.errors import ConfigError, ContractError, PlanError
-from pairmill.execute import Frame, Job, State, Unit, counted, replay, sorted_by_uid, table_schema, units_to_do
+from pairmill.execute import (
+    Frame,
+    Job,
+    State,
+    Unit,
+    counted,
+    replay,
+    sorted_by_uid,
+    table_files,
+    table_schema,
+    units_to_do,
+)
 from pairmill.isolate import raise_failure
-from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan
+from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan, model_identities
+from pairmill.planning import PlanReport, make_plan
 from pairmill.report.progress import Reporter
 from pairmill.stage import ErrorBudget, GlobalStage
-from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, without_rows, write_if_new
+from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, set_torn_aside, write_if_new
 from schemas import fields
-from schemas.config import RunConfig, Section
+from schemas.config import RunConfig
 from schemas.reasons import DEFERRED_VALUES, Status
 from schemas.snapshot import SnapshotRecord
 
@@ -62,23 +73,13 @@ class RunReport:
     admitted_new: int
     known: int
     repeated: int
+    taken_down: int
+    """Rows of the sources that tombstones refuse."""
     computed: dict[str, int]
     """Rows computed by each stage in this run."""
     stage_seconds: dict[str, float]
     """Time in kernels, summed over workers."""
     seconds: float
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What a refresh would do."""
-
-    steps: list[dict[str, Any]]
-    """One entry a step: step, kind, table, rows_done, rows_todo, note."""
-    new_rows: int
-    known: int
-    repeated: int
-    total: int
 
 
 # -- config and recipe ------------------------------------------------------------------------------------------------
@@ -132,60 +133,43 @@ def recipe_names() -> list[str]:
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def plan(config: RunConfig, reporter: Reporter) -> PlanReport:
+def plan(config: RunConfig, reporter: Reporter, *, retry_deferred: bool = False) -> PlanReport:
     """What `refresh` would do, without doing it."""
-    compiled = compile_plan(load_recipe(config))
-    dataset = Dataset(config.dataset)
-    admission = admit(config, dataset, reporter, dry_run=True)
-    frame = Frame(dataset, compiled, _files(dataset, compiled))
-    state = replay(compiled, frame)
-    steps = []
-    waits = bool(state.pending.any())
-    for planned in compiled.steps:
-        entry: dict[str, Any] = {"step": planned.name, "kind": planned.kind, "table": planned.table}
-        if planned.table is not None:
-            done = int(frame.present(planned.table).sum())
-            lacking = len(state.todo.get(planned.index, ()))
-            entry |= {"rows_done": done, "rows_todo": lacking, "note": _why(done, lacking, admission.new)}
-        else:
-            entry |= {"rows_done": None, "rows_todo": None, "note": "judged anew from stored columns"}
-        steps.append(entry)
-    if waits:
-        for entry in steps:
-            if entry["rows_todo"] == 0 and entry["note"] == "up to date":
-                entry["note"] = "depends on the steps before"
-    return PlanReport(steps, admission.new, admission.known, admission.repeated, len(frame) + admission.new)
-
-
-def _why(done: int, lacking: int, new: int) -> str:
-    parts = []
-    if lacking:
-        parts.append(
-            f"{lacking} live rows lack it" if done else f"{lacking} live rows, nothing stored for this version"
-        )
-    if new:
-        parts.append(f"up to {new} new rows")
-    return "; ".join(parts) or "up to date"
+    return make_plan(config, compile_plan(load_recipe(config)), reporter, retry_deferred=retry_deferred)
 
 
 # -- refresh ----------------------------------------------------------------------------------------------------------
 
 
-def refresh(config: RunConfig, reporter: Reporter, *, retry_deferred: bool = False) -> RunReport:
+def refresh(
+    config: RunConfig,
+    reporter: Reporter,
+    *,
+    retry_deferred: bool = False,
+    revisit: str | None = None,
+    admit: bool = True,
+    wait_s: float = 0.0,
+) -> RunReport:
     """Admit new pairs, bring every stage up to date and publish a snapshot.
 
     Whatever was finished before an interruption is kept: run it again and it goes on.
 
     Args:
-        retry_deferred: try the rows again whose last attempt failed in a way that may pass (time-outs, 5xx, DNS).
+        config: What to run.
+        reporter: Told how it goes.
+        retry_deferred: Try all rows again whose last attempt failed in a way that may pass (time-outs, 5xx, DNS), not
+            only those whose time has come.
+        revisit: Ask for known images again; an SQL condition over the view ``pairs`` says which (``true``: all).
+        admit: Read the sources. Without it only known pairs are brought up to date.
+        wait_s: How long to wait for another process that writes to the dataset, seconds.
 
     Raises:
         PairmillError: see `pairmill.errors`; the last snapshot is intact.
     """
     compiled = compile_plan(load_recipe(config))
     dataset = Dataset(config.dataset)
-    with dataset.lock():
-        return _Refresh(config, compiled, dataset, reporter).run(retry_deferred)
+    with dataset.lock(wait_s):
+        return _Refresh(config, compiled, dataset, reporter).run(retry_deferred, revisit, admit)
 
 
 @dataclass
@@ -197,24 +181,58 @@ class _Refresh:
     computed: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     budgets: dict[str, ErrorBudget] = field(default_factory=dict)
+    retried: set[str] = field(default_factory=set)
+    """Deferred pairs that this run tries again."""
+    _seen: tuple[Mapping[str, list[DataFile]], Frame] | None = None
 
-    def run(self, retry_deferred: bool) -> RunReport:
+    def run(self, retry_deferred: bool, revisit: str | None, read_sources: bool) -> RunReport:
         begin = time.monotonic()
-        admission = admit(self.config, self.dataset, self.reporter)
+        self._mend()
+        admission = admit(self.config, self.dataset, self.reporter) if read_sources else Admission()
         self._tell(admission)
-        if retry_deferred:
-            self._forget_deferred()
-        frame = Frame(self.dataset, self.plan, self._files())
-        if len(frame) == 0:
+        self._retry(retry_deferred)
+        if len(self._frame()) == 0:
             self.reporter.note("the sources hold no rows: there is nothing to do")
             return self._report(None, False, admission, begin)
-        self._segments()
-        frame = Frame(self.dataset, self.plan, self._files())
+        with _LazyEngine(self.config) as engine:
+            if revisit is not None:
+                self._revisit(engine, revisit)
+            self._segments(engine)
+        _finish("takedown", self.dataset, self.reporter)  # what was taken down meanwhile is not published
+        frame = self._frame()
         state = replay(self.plan, frame)
         if state.pending.any():
             raise ContractError(f"{int(state.pending.sum())} rows are still pending after all steps ran")
         snapshot, published = self._publish(frame, state, begin)
         return self._report(snapshot, published, admission, begin)
+
+    def _mend(self) -> None:
+        """Finish what a process that died left half done."""
+        for name in self.dataset.tables():
+            for record in set_torn_aside(self.dataset, name):
+                self.reporter.note(f"{name}: the commit record {record} was not written to its end; set aside")
+        _finish("versions", self.dataset, self.reporter)
+        _finish("takedown", self.dataset, self.reporter)
+
+    def _retry(self, everything: bool) -> None:
+        known = retry.known_attempts(self.dataset)
+        self.retried = retry.due(known, self.config.retry, retry.utc_now(), everything=everything)
+        if self.retried:
+            self.reporter.note(f"{len(self.retried)} deferred pairs are tried again")
+            retry.take_out(self.dataset, self.plan, self.retried, known, self.config.retry)
+
+    def _revisit(self, engine: _LazyEngine, where: str) -> None:
+        """Ask for known images again; those that changed, and all that depends on them, become work to do."""
+        visit = revisits.open_visit(self.dataset, self.plan, self.config, where)
+        if visit is None:
+            self.reporter.note("there is no image to revisit yet")
+            return
+        frame = Frame(self.dataset, visit.plan, table_files(self.dataset, visit.plan))
+        units = visit.units(frame)
+        if units:
+            self._run_units(engine, visit.plan, 0, units, frame)
+        for line in visit.apply():
+            self.reporter.note(line)
 
     def _report(
         self, snapshot: SnapshotRecord | None, published: bool, admission: Admission, begin: float
@@ -225,41 +243,48 @@ class _Refresh:
             admission.new,
             admission.known,
             admission.repeated,
+            admission.taken_down,
             dict(self.computed),
             {k: round(v, 3) for k, v in self.seconds.items()},
             round(time.monotonic() - begin, 3),
         )
 
     def _tell(self, admission: Admission) -> None:
-        known = f", {admission.known} known" if admission.known else ""
-        repeated = f", {admission.repeated} repeated" if admission.repeated else ""
-        self.reporter.note(f"{admission.rows} rows read: {admission.new} new pairs{known}{repeated}")
+        counts = (
+            (admission.known, "known"),
+            (admission.repeated, "repeated"),
+            (admission.taken_down, "taken down before"),
+        )
+        more = "".join(f", {rows} {what}" for rows, what in counts if rows)
+        self.reporter.note(f"{admission.rows} rows read: {admission.new} new pairs{more}")
 
-    def _files(self) -> dict[str, list[DataFile]]:
-        return _files(self.dataset, self.plan)
+    def _frame(self) -> Frame:
+        """The pairs with all columns, as the tables are now; the one of before when no table has changed."""
+        files = table_files(self.dataset, self.plan)
+        if self._seen is None or self._seen[0] != files:
+            self._seen = (files, Frame(self.dataset, self.plan, files))
+        return self._seen[1]
 
     # -- segments --
 
-    def _segments(self) -> None:
+    def _segments(self, engine: _LazyEngine) -> None:
         """Run what is lacking, segment by segment. The engine is started when there is work for it, and once."""
-        with _LazyEngine(self.config) as engine:
-            for number, segment in enumerate(self.plan.segments):
-                files = self._files()
-                frame = Frame(self.dataset, self.plan, files)
-                if segment.global_step is not None:
-                    self._measure_globally(segment.global_step, frame)
-                    continue
-                units = list(units_to_do(self.plan, number, frame, files))
-                if units:
-                    self._run_units(engine, number, units, frame)
+        for number, segment in enumerate(self.plan.segments):
+            frame = self._frame()
+            if segment.global_step is not None:
+                self._measure_globally(segment.global_step, frame)
+                continue
+            units = list(units_to_do(self.plan, number, frame))
+            if units:
+                self._run_units(engine, self.plan, number, units, frame)
 
-    def _run_units(self, engine: _LazyEngine, number: int, units: list[Unit], frame: Frame) -> None:
+    def _run_units(self, engine: _LazyEngine, plan: Plan, number: int, units: list[Unit], frame: Frame) -> None:
         errors = self.config.errors
-        job = Job(self.dataset.url, self.plan, number, errors.max_fraction, errors.min_rows)
+        job = Job(self.dataset.url, plan, number, errors.max_fraction, errors.min_rows)
         shards = frame.pairs_column("shard").to_numpy()
         rows_of = dict(zip(*(a.tolist() for a in np.unique(shards, return_counts=True)), strict=True))
         started = engine.get(self.reporter)
-        self.reporter.start(self.plan.segments[number].title, sum(rows_of[u.shard] for u in units))
+        self.reporter.start(plan.segments[number].title, sum(rows_of[u.shard] for u in units))
         done: list[Unit] = []
         committed = time.monotonic()
         try:
@@ -269,21 +294,21 @@ class _Refresh:
                 self._account(unit)
                 self.reporter.advance(rows_of[unit.shard], unit.dropped)
                 if time.monotonic() - committed > COMMIT_EVERY_S:
-                    self._commit(done)
+                    self._commit(plan, done)
                     committed = time.monotonic()
         finally:  # also on Ctrl-C and on a failure elsewhere: what is finished is kept
-            self._commit(done)
+            self._commit(plan, done)
             self.reporter.finish()
 
-    def _commit(self, units: list[Unit]) -> None:
+    def _commit(self, plan: Plan, units: list[Unit]) -> None:
         """Make the files of finished units visible, table by table in the order of the plan, and empty the list."""
         by_table: dict[str, list[DataFile]] = {}
         for output in itertools.chain.from_iterable(u.outputs for u in units):
             file = {k: v for k, v in output.items() if k != "table"}
             by_table.setdefault(output["table"], []).append(DataFile(**file))
-        for table in self.plan.tables:
+        for table in plan.tables:
             if table in by_table:
-                self.dataset.table(table, table_schema(self.plan, table)).commit(by_table[table])
+                self.dataset.table(table, table_schema(plan, table)).commit(by_table[table])
         units.clear()
 
     def _account(self, unit: Unit) -> None:
@@ -348,45 +373,36 @@ class _Refresh:
         if files:
             table.commit(files, replace=touched if replace else ())
 
-    def _forget_deferred(self) -> None:
-        """Take the rows out of the stages' tables whose reason may pass, so that they are work to do again."""
-        values = pa.array(sorted(DEFERRED_VALUES))
-        for name in self.plan.tables:
-            schema = table_schema(self.plan, name)
-            table = self.dataset.table(name, schema)
-            old, new = [], []
-            for file in table.files():
-                rest, gone = without_rows(
-                    self.dataset, name, file, schema, lambda rows: pc.is_in(rows.column("reason"), value_set=values)
-                )
-                if gone:
-                    old.append(file)
-                    new += [rest] if rest is not None else []
-            if old:
-                table.commit(new, remove=old)
-
     # -- publish --
 
     def _publish(self, frame: Frame, state: State, begin: float) -> tuple[SnapshotRecord, bool]:
         """Write the ledger and the snapshot record, unless the last snapshot says the same already."""
         reason = state.reason.column()
-        status = statuses(reason)
+        status, detail = statuses(reason), state.detail.column()
         groups = settle(frame.uid, state.duplicate_of.column())
         ledger = pa.table(
             {
                 "uid": frame.uid,
                 "status": status,
                 "reason": reason,
-                "detail": state.detail.column(),
+                "detail": detail,
                 "duplicate_of": groups.duplicate_of,
                 "cluster": groups.cluster,
                 **state.texts.columns(),
+                **retry.attempt_columns(
+                    frame.uid,
+                    status,
+                    detail,
+                    retry.known_attempts(self.dataset),
+                    self.retried,
+                    self.config.retry,
+                ),
             },
             schema=fields.LEDGER,
         )
         shards = frame.pairs_column("shard").to_numpy()
         self._write_by_shard(LEDGER_TABLE, fields.LEDGER, ledger, shards, "ledger", replace=True)
-        names = (PAIRS_TABLE, LEDGER_TABLE, *self.plan.tables)
+        names = (PAIRS_TABLE, LEDGER_TABLE, *self.plan.tables, HISTORY_TABLE)
         tables = {n: v for n in names if (v := self.dataset.table(n, fields.PAIRS).version()) >= 0}
         earlier = self.dataset.snapshots()
         if earlier and (earlier[-1].tables, earlier[-1].columns) == (tables, self.plan.columns):
@@ -407,13 +423,25 @@ class _Refresh:
             funnel=state.funnel,
             tables=tables,
             columns=self.plan.columns,
-            models=_models(self.plan),
+            models=model_identities(self.plan),
             software=_software(),
             seconds=round(time.monotonic() - begin, 3),
+            computed=dict(self.computed),
+            stage_seconds={k: round(v, 3) for k, v in self.seconds.items()},
+            bytes={n: sum(f.size for f in self.dataset.table(n, fields.PAIRS).files()) for n in tables},
         )
         self.dataset.publish(record)
         self.reporter.note(f"published snapshot {record.id}: {record.kept} of {record.admitted} pairs kept")
         return record, True
+
+
+def _finish(name: str, dataset: Dataset, reporter: Reporter) -> None:
+    try:
+        module: Any = importlib.import_module(f"pairmill.{name}")
+    except ImportError:
+        return
+    if hasattr(module, "finish"):
+        module.finish(dataset, reporter)
 
 
 class _LazyEngine:
@@ -438,29 +466,11 @@ class _LazyEngine:
             self._context.__exit__(*error)
 
 
-def _files(dataset: Dataset, plan: Plan) -> dict[str, list[DataFile]]:
-    """The visible files of all tables of a plan."""
-    names: Iterable[str] = (PAIRS_TABLE, *plan.tables)
-    return {name: dataset.table(name, table_schema(plan, name)).files() for name in names}
-
-
 def statuses(reason: pa.ChunkedArray) -> pa.ChunkedArray:
     """The status that follows from each reason, as `schemas.reasons.status_of` has it."""
     deferred = pc.is_in(reason, value_set=pa.array(sorted(DEFERRED_VALUES)))
     out = pc.if_else(deferred, Status.DEFERRED.value, Status.DROPPED.value)
     return pc.if_else(pc.is_null(reason), Status.KEPT.value, out)
-
-
-def _models(plan: Plan) -> dict[str, str]:
-    """What identifies the model of each stage that has one."""
-    found = {}
-    for planned in plan.steps:
-        for f in dataclasses.fields(planned.step):  # type: ignore[arg-type]
-            value = getattr(planned.step, f.name)
-            identity = getattr(value, "identity", None)
-            if callable(identity) and not isinstance(value, Section):  # a part of the config is no model
-                found[f"{planned.name}.{f.name}"] = str(identity())
-    return found
 
 
 def _software() -> dict[str, str]:

@@ -8,17 +8,28 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import quote, unquote, urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairmill.store import Dataset
+from schemas import fields
+from schemas.reasons import Reason
 
 TOMBSTONES_TABLE = "tombstones"
 
 Kind = Literal["url", "domain", "uid", "sha256", "pixels"]
 """What a tombstone forbids: an URL, a domain with all below it, a pair, an image by the sha256 of its bytes as fetched
 or of its pixels."""
+
+NEAR = "near"
+"""The kind of a record that forbids nothing: its request also asks for pairs whose image is near, and ``hash`` is the
+least cosine."""
+
+FOUND = "found:"
+"""Before the kind of a tombstone that nobody asked for: a pair, or an image, that a request was found to name."""
 
 TOMBSTONES = pa.schema(
     [
@@ -41,17 +52,62 @@ def hashed(value: str) -> str:
 
 def domains_of(url: str) -> list[str]:
     """The host of a URL and the domains above it, in lower case without a final dot: ``a.b.example``, ``b.example``,
-    ``example``. Empty for what has no host."""
-    from urllib.parse import urlsplit
-
+    ``example``. An international host comes in its ASCII form, in both where IDNA 2003 and 2008 differ. Empty for what
+    has no host."""
     try:
-        host = (urlsplit(url.strip()).hostname or "").rstrip(".").lower()
+        host = urlsplit(url.strip()).hostname or ""
     except ValueError:
         return []
+    found: dict[str, None] = {}
+    for name in _ascii_hosts(unquote(host)):
+        parts = name.rstrip(".").split(".")
+        found.update(dict.fromkeys(".".join(parts[i:]) for i in range(len(parts))))
+    found.pop("", None)
+    return list(found)
+
+
+def _ascii_hosts(host: str) -> list[str]:
+    host = host.lower()
+    if host.isascii():
+        return [host]
+    import idna
+
+    found = []
+    with contextlib.suppress(idna.IDNAError, UnicodeError):
+        found.append(idna.encode(host, uts46=True).decode("ascii").lower())
     with contextlib.suppress(UnicodeError):
-        host = host.encode("idna").decode() if not host.isascii() else host
-    parts = host.split(".") if host else []
-    return [".".join(parts[i:]) for i in range(len(parts))]
+        found.append(host.encode("idna").decode("ascii").lower())
+    return found or [host]
+
+
+def address_of(url: str) -> str | None:
+    """The address behind a URL, in one spelling for all that lead to it: scheme and host in lower case, without user,
+    default port and fragment, what is not ASCII quoted. None for what has no host."""
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not host:
+        return None
+    host = _ascii_hosts(unquote(host))[0].rstrip(".")
+    place = f"[{host}]" if ":" in host else host
+    if port is not None and port != _PORTS.get(parts.scheme):
+        place += f":{port}"
+    path = quote(parts.path, safe=_SAFE, errors="replace") or "/"
+    query = f"?{quote(parts.query, safe=_SAFE, errors='replace')}" if parts.query else ""
+    return f"{parts.scheme}://{place}{path}{query}"
+
+
+_PORTS = {"http": 80, "https": 443}
+_SAFE = "%/:=&?~+!$,;'@()*[]|"
+"""Left as they are in paths and queries, as when an image is fetched."""
+
+_PLAIN_HOST = r"^(?:https?)://(?P<host>[a-z0-9._-]+)(?::[0-9]+)?(?:[/?#]|$)"
+"""URLs whose host can be read off as it is; all others are looked at one by one."""
+_QUOTED = r"A-Za-z0-9%/:=&~+!$,;'@()*\[\]|._\-"
+_PLAIN_ADDRESS = rf"^https?://[a-z0-9_-]+(?:\.[a-z0-9_-]+)*/[{_QUOTED}]*(?:\?[{_QUOTED}?]+)?$"
+"""URLs that `address_of` leaves as they are."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +142,7 @@ class Tombstones:
         for row in rows:
             requests[row["request"]] = requests.get(row["request"], False) or row["done"]
             if not row["done"]:
-                by_kind.setdefault(row["kind"], set()).add(row["hash"])
+                by_kind.setdefault(row["kind"].removeprefix(FOUND), set()).add(row["hash"])
         url, domain, uid, sha256, pixels = (
             frozenset(by_kind.get(kind, ())) for kind in ("url", "domain", "uid", "sha256", "pixels")
         )
@@ -95,26 +151,38 @@ class Tombstones:
 
     def bars(self, uid: str, *urls: str | None) -> bool:
         """Whether a pair may not be here: by its uid, or by one of its URLs."""
-        if uid in self.uids:
+        return uid in self.uids or any(url and self._bars_url(url) for url in urls)
+
+    def _bars_url(self, url: str) -> bool:
+        if self.urls and (hashed(url) in self.urls or ((plain := address_of(url)) and hashed(plain) in self.urls)):
             return True
-        for url in urls:
-            if url and self.urls and hashed(url) in self.urls:
-                return True
-            if url and self.domains and any(hashed(domain) in self.domains for domain in domains_of(url)):
-                return True
-        return False
+        return bool(self.domains) and any(hashed(domain) in self.domains for domain in domains_of(url))
 
     def bars_pairs(self, uids: pa.ChunkedArray, urls: Sequence[pa.ChunkedArray]) -> pa.Array:
         """`bars` for many pairs; booleans. Each URL is looked at once."""
-        barred = pc.is_in(uids, value_set=pa.array(sorted(self.uids), pa.string()))
-        barred = barred.combine_chunks() if isinstance(barred, pa.ChunkedArray) else barred
+        barred = _flat(pc.is_in(uids, value_set=pa.array(sorted(self.uids), pa.string())))
         if self.urls or self.domains:
             for column in urls:
                 distinct = pc.unique(column).drop_null()
-                guilty = [url for url in distinct.to_pylist() if self.bars("", url)]
-                found = pc.is_in(column, value_set=pa.array(guilty, pa.string()))
-                barred = pc.or_(barred, found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found)
+                found = pc.is_in(column, value_set=distinct.filter(self.bars_urls(distinct)))
+                barred = pc.or_(barred, _flat(found))
         return barred
+
+    def bars_urls(self, urls: pa.Array) -> pa.Array:
+        """`bars` for distinct URLs; what can be told of many at once is."""
+        barred = np.zeros(len(urls), bool)
+        if self.urls:
+            plain = pc.match_substring_regex(urls, _PLAIN_ADDRESS).to_numpy(zero_copy_only=False)
+            for i, url in enumerate(urls.to_pylist()):
+                barred[i] = hashed(url) in self.urls if plain[i] else self._bars_url(url)
+        if self.domains:
+            hosts = pc.struct_field(pc.extract_regex(urls, _PLAIN_HOST), "host")
+            names = pc.unique(hosts).drop_null()
+            guilty = [name for name in names.to_pylist() if self._bars_url(f"//{name}")]
+            barred |= pc.is_in(hosts, value_set=pa.array(guilty, pa.string())).to_numpy(zero_copy_only=False)
+            odd = np.flatnonzero(hosts.is_null().to_numpy(zero_copy_only=False))
+            barred[odd] |= np.fromiter(map(self._bars_url, urls.take(pa.array(odd)).to_pylist()), bool, len(odd))
+        return pa.array(barred)
 
     def bars_images(self, sha256: pa.ChunkedArray, pixels: pa.ChunkedArray) -> pa.Array:
         """Whether images may not be here, by the hash of their bytes or of their pixels; booleans."""
@@ -122,8 +190,25 @@ class Tombstones:
             pc.is_in(column, value_set=pa.array(sorted(hashes), pa.string()))
             for column, hashes in ((sha256, self.sha256), (pixels, self.pixels))
         ]
-        whole = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in found]
-        return pc.or_(*whole)
+        return pc.or_(*(_flat(column) for column in found))
+
+    def without_images(self, rows: pa.Table) -> pa.Table:
+        """Rows of an images table, those of images that may not be here with their reason and nothing else."""
+        if not self or not {fields.SHA256.name, fields.PIXEL_SHA256.name} <= set(rows.column_names):
+            return rows
+        barred = self.bars_images(rows.column("sha256"), rows.column("pixel_sha256"))
+        if fields.FINAL_URL.name in rows.column_names:
+            barred = pc.or_(barred, self.bars_pairs(rows.column("uid"), [rows.column(fields.FINAL_URL.name)]))
+        if not barred.true_count:
+            return rows
+        columns = {f.name: pc.if_else(barred, pa.scalar(None, f.type), _flat(rows.column(f.name))) for f in rows.schema}
+        columns["uid"] = rows.column("uid")
+        columns["reason"] = pc.if_else(barred, Reason.TAKEDOWN_IMAGE.value, _flat(rows.column("reason")))
+        return pa.table(columns, schema=rows.schema)
+
+
+def _flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def now() -> str:

@@ -305,6 +305,22 @@ class Errors(Section):
     min_rows: int = Field(20, ge=0)
 
 
+class Retry(Section):
+    """When a refresh tries deferred pairs again: after `first_s`, then twice as long, and so on."""
+
+    first_s: float = Field(3600, ge=0, description="seconds from the first attempt to the next")
+    longest_s: float = Field(604_800, ge=0, description="no wait is longer, unless a server's Retry-After asks for it")
+    attempts: int = Field(10, gt=0, description="then only `pairmill run --retry-deferred` tries the pair again")
+
+
+class Retention(Section):
+    """Which snapshots `pairmill vacuum` leaves: the newest ones and the young ones, and always the last one; all where
+    both are null. A run removes none."""
+
+    snapshots: int | None = Field(None, gt=0, description="so many of the newest ones; null: see days")
+    days: float | None = Field(None, ge=0, description="those that are younger; null: age does not count")
+
+
 # -- the whole --------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +339,8 @@ class RunConfig(Section):
     dedup: Dedup = Dedup()
     engine: Engine = Engine()
     errors: Errors = Errors()
+    retry: Retry = Retry()
+    retention: Retention = Retention()
     seed: int = 0
     options: dict[str, Any] = Field(default_factory=dict, description="for recipes of your own")
 

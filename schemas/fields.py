@@ -162,4 +162,23 @@ TEXT_REASONS = pa.field("text_reasons", pa.list_(pa.string()))
 TEXT_DETAILS = pa.field("text_details", pa.list_(pa.string()))
 """Free text beside each of `TEXT_REASONS`."""
 
-LEDGER = pa.schema([UID, STATUS, REASON, DETAIL, DUPLICATE_OF, CLUSTER, TEXT_RANKS, TEXT_REASONS, TEXT_DETAILS])
+ATTEMPTS = pa.field("attempts", pa.int32())
+"""Of a deferred pair: how often it was tried. Null for all others."""
+RETRY_AT = pa.field("retry_at", pa.string())
+"""Of a deferred pair: from when on a refresh tries it again, UTC, ISO 8601; null when it has had all its attempts."""
+
+LEDGER = pa.schema(
+    [
+        UID,
+        STATUS,
+        REASON,
+        DETAIL,
+        DUPLICATE_OF,
+        CLUSTER,
+        TEXT_RANKS,
+        TEXT_REASONS,
+        TEXT_DETAILS,
+        ATTEMPTS,
+        RETRY_AT,
+    ]
+)

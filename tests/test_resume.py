@@ -52,7 +52,7 @@ run.refresh(run.load_config(sys.argv[1]), Killer())
 def ledger_digests(folder: Path) -> dict[str, str]:
     snapshot = Dataset(str(folder)).snapshot()
     rows = read_files(snapshot.dataset, snapshot.files("ledger"), fields.LEDGER, [*fields.LEDGER.names, "shard"])
-    return {k: v for k, v in column_digests(rows).items() if k != "detail"}
+    return {k: v for k, v in column_digests(rows).items() if k not in ("detail", "retry_at")}
 
 
 def downloaded(folder: Path) -> set[str]:

@@ -37,6 +37,18 @@ def read(source: config.Source) -> Iterator[pa.Table]:
     return read_img2dataset_parquet(source)
 
 
+def source_identity(source: config.Source) -> str | None:
+    """What tells whether the files of a source are as they were: a hash of their names, sizes, times and, on object
+    stores, ETags. None where nothing can tell (web addresses, folders of images with files beside them)."""
+    if source.kind == "image_folder":
+        return None
+    from pairmill.sources import url_table, webdataset
+    from pairmill.sources.files import identity
+
+    endings = {"url_table": url_table.ENDINGS, "webdataset": webdataset.ENDINGS}.get(source.kind, (".parquet",))
+    return identity(source.path, endings, source.kind)
+
+
 def download_stage(download: config.Download) -> Stage:
     """The stage that fetches images: pairmill's own, or img2dataset (``download: {with: img2dataset}``)."""
     if download.with_ == "img2dataset":

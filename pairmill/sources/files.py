@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import hashlib
+import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +61,30 @@ def find(path: str, endings: Sequence[str], what: str) -> list[SourceFile]:
         hint = f"; a folder must hold files ending in {', '.join(endings)}" if endings else ""
         raise SourceError(f"{what}: no file matches {path!r}. Check source.path in the config{hint}.")
     return [SourceFile(name) for name in sorted(names)]
+
+
+def identity(path: str, endings: Sequence[str], what: str) -> str | None:
+    """A hash of the names, sizes and times of the files that `path` means; None where nothing tells whether a file is
+    as it was.
+
+    Raises:
+        SourceError: there is no such file.
+    """
+    fs, _ = _filesystem(path, what)
+    told = []
+    for file in find(path, endings, what):
+        if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+            state = os.stat(file.name)
+            told.append([file.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
+        elif _is_web(path):
+            return None
+        else:
+            info = fs.info(file.name)
+            mark = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("updated")
+            if mark is None:
+                return None
+            told.append([file.name, info.get("size"), str(mark)])
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Layout: ``<dataset>/<table>/shard=<n>/<name>-<checksum>.parquet`` beside the tab
 """
 
 from pairmill.store.dataset import (
+    HISTORY_TABLE,
     LEDGER_TABLE,
     PAIRS_TABLE,
     REWRITES,
@@ -22,12 +23,15 @@ from pairmill.store.files import (
     existing_file,
     parquet_options,
     read_files,
+    stream_files,
+    sync_folder,
     without_rows,
     write_if_new,
 )
 from pairmill.store.tables import Records, Table, commit_records, is_whole, open_delta, set_torn_aside
 
 __all__ = [
+    "HISTORY_TABLE",
     "LEDGER_TABLE",
     "PAIRS_TABLE",
     "REWRITES",
@@ -49,6 +53,8 @@ __all__ = [
     "parquet_options",
     "read_files",
     "set_torn_aside",
+    "stream_files",
+    "sync_folder",
     "without_rows",
     "write_if_new",
 ]

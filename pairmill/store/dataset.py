@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import IO
 
-import fsspec
 import pyarrow as pa
 
+from pairmill import leases, storage
 from pairmill.errors import ConfigError, DatasetLocked
 from pairmill.store.files import DataFile
 from pairmill.store.tables import LOG, Records, Table
@@ -22,6 +22,7 @@ from schemas.snapshot import SNAPSHOTS, SnapshotRecord
 PAIRS_TABLE = "pairs"
 LEDGER_TABLE = "ledger"
 SNAPSHOTS_TABLE = "snapshots"
+HISTORY_TABLE = "image_history"
 REWRITES_TABLE = "rewrites"
 
 REWRITES = pa.schema(
@@ -45,14 +46,18 @@ class Dataset:
     """A dataset folder: a local path or any URL that fsspec and delta-rs both know."""
 
     def __init__(self, url: str) -> None:
-        self.fs, root = fsspec.core.url_to_fs(url)
-        self.local = "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
-        self.root = os.path.abspath(root) if self.local else root.rstrip("/")
+        self.fs, self.root = storage.open_fs(url)
+        self.local = storage.is_local(self.fs)
         self.url = self.root if self.local else url.rstrip("/")
-        self.delta_options: dict[str, str] | None = None
+        self._lease: leases.Lease | None = None
 
     def __repr__(self) -> str:
         return f"Dataset({self.url!r})"
+
+    @property
+    def delta_options(self) -> dict[str, str] | None:
+        """What delta-rs must be told to open its tables; asked anew for each, since credentials may expire."""
+        return storage.delta_options(self.url) or None
 
     def path(self, *parts: str) -> str:
         """A path below the dataset, as `fs` takes it."""
@@ -146,7 +151,8 @@ class Dataset:
             DatasetLocked: another process holds it; the message names it.
         """
         if not self.local:
-            yield
+            with self._leased(wait_s):
+                yield
             return
         os.makedirs(self.root, exist_ok=True)
         with open(self.path(_LOCK), "a+", encoding="utf-8") as file:
@@ -165,14 +171,32 @@ class Dataset:
             finally:
                 file.truncate(0)
 
+    @contextlib.contextmanager
+    def _leased(self, wait_s: float) -> Iterator[None]:
+        if not storage.is_s3(self.fs):  # other stores have no leases here: Delta's own conflict check decides
+            yield
+            return
+        with leases.exclusive(self.fs, self.root, wait_s=wait_s) as self._lease:
+            try:
+                yield
+            finally:
+                self._lease = None
+
     def check_lock(self) -> None:
-        """Asked before each commit: is the right to write still ours?"""
+        """Asked before each commit: is the right to write still ours? (The kernel takes no lock from a living process.)
+
+        Raises:
+            DatasetLocked: another process took it over, since this one did not answer for long.
+        """
+        if self._lease is not None:
+            self._lease.check()
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Read a snapshot for long: until this ends, no takedown and no vacuum removes files."""
         if not self.local:
-            yield
+            with leases.shared(self.fs, self.root) if storage.is_s3(self.fs) else contextlib.nullcontext():
+                yield
             return
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(
@@ -190,7 +214,10 @@ class Dataset:
             DatasetLocked: an export is reading, and did not end in time.
         """
         if not self.local:
-            yield
+            with (
+                leases.alone(self.fs, self.root, wait_s=wait_s) if storage.is_s3(self.fs) else contextlib.nullcontext()
+            ):
+                yield
             return
         with open(self.path(_READERS), "a", encoding="utf-8") as file:
             if not _locked(file, exclusive=True, wait_s=wait_s):

@@ -269,9 +269,27 @@ def read_files(dataset: Dataset, files: Sequence[DataFile], schema: pa.Schema, c
     Raises:
         StoreError: a file is missing or damaged; the message names what to do.
     """
+    with _reading(dataset):
+        return _scanner(dataset, files, schema, columns).to_table()
+
+
+@contextlib.contextmanager
+def stream_files(
+    dataset: Dataset, files: Sequence[DataFile], schema: pa.Schema, columns: Sequence[str]
+) -> Iterator[pa.RecordBatchReader]:
+    """As `read_files`, a batch at a time, so that memory stays small.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    with _reading(dataset):
+        yield _scanner(dataset, files, schema, columns).to_reader()
+
+
+def _scanner(dataset: Dataset, files: Sequence[DataFile], schema: pa.Schema, columns: Sequence[str]) -> pads.Scanner:
     wanted = schema.append(fields.SHARD) if "shard" not in schema.names else schema
     if not files:
-        return pa.schema([wanted.field(c) for c in columns]).empty_table()
+        return pads.dataset(wanted.empty_table()).scanner(columns=list(columns))
     source = pads.dataset(
         [f.path for f in files],
         schema=wanted,
@@ -279,8 +297,13 @@ def read_files(dataset: Dataset, files: Sequence[DataFile], schema: pa.Schema, c
         filesystem=None if dataset.local else pafs.PyFileSystem(pafs.FSSpecHandler(dataset.fs)),
         partitioning=_PARTITIONING,
     )
+    return source.scanner(columns=list(columns))
+
+
+@contextlib.contextmanager
+def _reading(dataset: Dataset) -> Iterator[None]:
     try:
-        return source.to_table(columns=list(columns))
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         raise StoreError(
             f"cannot read the dataset {dataset.url}: {error}; a file is damaged or missing: "

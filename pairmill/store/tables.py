@@ -39,6 +39,9 @@ _CONFIGURATION = {
 _ACTIONS = "pairmill.actions"
 """Key in a commit's record: how many files it adds and removes, so that a record that ends early is seen."""
 
+_REMOVALS = "removals"
+"""The application whose transactions count the commits that took files out of a table."""
+
 COMPACT_AT = 64
 """Files of a record table that are put together into one."""
 
@@ -159,8 +162,19 @@ class _Delta:
         delta = open_delta(self.dataset, self.name, version)
         return [] if delta is None else list_files(self.dataset, self.name, delta)
 
+    def removals(self) -> int:
+        """How many commits took files out of it. A file that was taken out still lies there; work that comes again
+        after a removal must not be mistaken for the work that was done before it."""
+        delta = open_delta(self.dataset, self.name)
+        return 0 if delta is None else int(delta.transaction_version(_REMOVALS) or 0)
+
     def _commit(
-        self, new: Sequence[DataFile], remove: Sequence[DataFile], transaction: tuple[str, int] | None = None
+        self,
+        new: Sequence[DataFile],
+        remove: Sequence[DataFile],
+        transaction: tuple[str, int] | None = None,
+        *,
+        undo: bool = False,
     ) -> int:
         from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
         from deltalake.exceptions import DeltaError
@@ -180,7 +194,7 @@ class _Delta:
                     storage_options=dataset.delta_options,
                 )
                 delta.update_incremental()
-            if transaction is not None:
+            if transaction is not None and not undo:
                 done = delta.transaction_version(transaction[0])
                 if done is not None and done >= transaction[1]:
                     return int(delta.version())
@@ -206,6 +220,9 @@ class _Delta:
             ]
             if not actions:
                 return int(delta.version())
+            transactions = [Transaction(*transaction)] if transaction else []
+            if any(isinstance(action, RemoveAction) for action in actions):
+                transactions.append(Transaction(_REMOVALS, (delta.transaction_version(_REMOVALS) or 0) + 1))
             delta.create_write_transaction(
                 actions,
                 "append",
@@ -213,7 +230,7 @@ class _Delta:
                 ["shard"] if self.partitioned else None,
                 commit_properties=CommitProperties(
                     custom_metadata={_ACTIONS: str(len(actions))},
-                    app_transactions=[Transaction(*transaction)] if transaction else None,
+                    app_transactions=transactions or None,
                 ),
                 post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
             )
@@ -252,12 +269,14 @@ class Table(_Delta):
         replace: Sequence[int] = (),
         remove: Sequence[DataFile] = (),
         transaction: tuple[str, int] | None = None,
+        undo: bool = False,
     ) -> int:
         """Make files visible, all at once; in the same commit vanish all other files of the shards in `replace`, and
         the files in `remove`.
 
         Idempotent: files that are visible already are not added again, and a `transaction` (application, version) that
-        was committed before does nothing.
+        was committed before does nothing. With `undo` it is committed all the same, and higher versions of that
+        application count as not committed.
 
         Returns the version of the table.
 
@@ -266,7 +285,7 @@ class Table(_Delta):
         """
         touched = set(replace)
         gone = [f for f in self.files() if f.shard in touched] if touched else []
-        return self._commit(new, [*gone, *remove], transaction)
+        return self._commit(new, [*gone, *remove], transaction, undo=undo)
 
     def writer(self, shard: int, name: str) -> ShardWriter:
         """A writer for one file of a shard."""

@@ -18,7 +18,7 @@ from schemas import fields
 from schemas.config import RunConfig
 from tests.steps import config, texts, write_urls
 
-VOLATILE = frozenset({"detail"})
+VOLATILE = frozenset({"detail", "retry_at"})
 """Free text beside a reason may hold what a server happened to say."""
 
 

@@ -1,1 +1,0 @@
-"""Takedown: removes pairs for good from every table, version and export."""

@@ -1,1 +1,0 @@
-"""Snapshots over time: what changed between two, going back to one, and which may go."""
