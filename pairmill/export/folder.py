@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
+from pairmill import storage
 from pairmill.errors import ConfigError, DatasetLocked, StoreError
 
 TEMPORARY = ".tmp"
 """Ending of a file that is being written."""
+
+
+_AHEAD = 2**23
+"""Bytes that are read ahead from a remote file: its header alone would be a request for each member of a tar."""
+_ADVICE = "make room or mend access, then run the same again: it goes on"
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,15 @@ class Sink(io.RawIOBase):
 
 
 class Folder:
-    """A local folder or any URL that fsspec knows."""
+    """A local folder or any URL that fsspec knows.
+
+    Raises:
+        ConfigError: the URL holds credentials, or a package for it is missing.
+    """
 
     def __init__(self, url: str) -> None:
-        self.fs, root = fsspec.core.url_to_fs(url)
-        protocol = self.fs.protocol
-        self._local = "file" in ([protocol] if isinstance(protocol, str) else protocol)
-        self._root = os.path.abspath(root) if self._local else root.rstrip("/")
+        self.fs, self._root = storage.open_fs(url)
+        self._local = storage.is_local(self.fs)
         self.url = self._root if self._local else url.rstrip("/")
 
     @contextlib.contextmanager
@@ -79,13 +85,11 @@ class Folder:
             DatasetLocked: another process is writing in it.
             StoreError: it cannot be made.
         """
-        try:
+        with _explained(f"cannot write to {self.url}"):
             if self.fs.exists(self._root) and not self.fs.isdir(self._root):
                 raise ConfigError(f"{self.url} is a file; give a folder")
             self.fs.makedirs(self._root, exist_ok=True)
             handle = os.open(self._root, os.O_RDONLY) if self._local else None
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.url}: {error}; mend access, then run the same again") from error
         try:
             if handle is not None:
                 _lock(handle, self.url)
@@ -96,17 +100,14 @@ class Folder:
 
     def sizes(self) -> dict[str, int]:
         """Name and size in bytes of each thing in the folder; none where there is no folder. Folders count as empty."""
-        self.fs.invalidate_cache(self._root)
-        if not self.fs.isdir(self._root):
-            return {}
-        found = self.fs.ls(self._root, detail=True)
-        root = self._root.rstrip("/")
-        names = {
-            posixpath.basename(entry["name"].rstrip("/")): entry.get("size") or 0
-            for entry in found
-            if entry["name"].rstrip("/") != root
-        }  # object stores list an empty folder's own mark
-        return dict(sorted(names.items()))
+        with _explained(f"cannot read {self.url}"):
+            self.fs.invalidate_cache(self._root)
+            if not self.fs.isdir(self._root):
+                return {}
+            found = self.fs.ls(self._root, detail=True)
+        sizes = {entry["name"].rstrip("/"): entry.get("size") or 0 for entry in found}
+        sizes.pop(self._root.rstrip("/"), None)  # object stores list the mark of an empty folder in it
+        return {posixpath.basename(path): sizes[path] for path in sorted(sizes)}
 
     def exists(self) -> bool:
         """Whether the folder is there."""
@@ -134,7 +135,8 @@ class Folder:
 
     def open(self, name: str) -> Any:
         """A file for reading."""
-        return self.fs.open(self._path(name), "rb")
+        ahead = {} if self._local else {"cache_type": "readahead", "block_size": _AHEAD}
+        return self.fs.open(self._path(name), "rb", **ahead)
 
     def look(self, name: str) -> Written:
         """Size and sha256 of a file that is there, which is read for it.
@@ -168,7 +170,7 @@ class Folder:
         path = self._path(name)
         # Object stores show a file when it is closed; on a disk it takes a temporary name and a rename.
         temporary = f"{path}{TEMPORARY}" if self._local else path
-        try:
+        with _explained(f"cannot write {path}"):
             with self.fs.open(temporary, "wb") as file:
                 sink = Sink(file)
                 yield sink
@@ -177,10 +179,6 @@ class Folder:
                     os.fsync(file.fileno())
             if self._local:
                 os.replace(temporary, path)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {path}: {error}; make room or mend access, then run the same again: it goes on"
-            ) from error
 
     def rename(self, name: str, new: str) -> None:
         """Give a file another name; whatever had that name is gone.
@@ -188,13 +186,11 @@ class Folder:
         Raises:
             StoreError: it cannot be done.
         """
-        try:
+        with _explained(f"cannot rename {self._path(name)}"):
             if self._local:
                 os.replace(self._path(name), self._path(new))
             else:
                 self.fs.mv(self._path(name), self._path(new))
-        except OSError as error:
-            raise StoreError(f"cannot rename {self._path(name)}: {error}; mend access, then run again") from error
 
     def remove(self, name: str) -> None:
         """Take a file away, if it is there.
@@ -202,12 +198,8 @@ class Folder:
         Raises:
             StoreError: it cannot be done.
         """
-        try:
+        with _explained(f"cannot remove {self._path(name)}"), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._path(name))
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise StoreError(f"cannot remove {self._path(name)}: {error}; mend access, then run again") from error
 
     def settle(self) -> None:
         """Wait until the names of the folder's files are on the disk, so that a power cut cannot undo what was renamed
@@ -222,6 +214,16 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what file systems raise into a StoreError."""
+    with storage.explained(what):
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{what}: {storage.redact(str(error))}; {_ADVICE}") from error
 
 
 def _lock(handle: int, url: str) -> None:

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pairmill.errors import DatasetLocked, StoreError
+from pairmill import storage
+from pairmill.errors import DatasetLocked, PairmillError
 from pairmill.export import tar
 from pairmill.export.folder import TEMPORARY, Folder, Written
 from pairmill.export.manifest import (
@@ -165,9 +166,10 @@ def _gone(folder: Folder) -> str:
 
 
 def _unreachable(out: str, error: Exception) -> str:
-    if not isinstance(error, (OSError, StoreError, ImportError, ValueError)) and "://" not in out:
+    if not isinstance(error, (OSError, PairmillError)) and "://" not in out:
         raise error  # of a local folder: a defect of ours
-    return f"{without_secrets(out)} cannot be reached: {type(error).__name__}: {without_secrets(str(error))}"
+    said = without_secrets(storage.redact(str(error)))
+    return f"{without_secrets(out)} cannot be reached: {type(error).__name__}: {said}"
 
 
 class _Takedown:
@@ -224,9 +226,11 @@ class _Takedown:
             if previous and any(entry.number in touched and entry.content for entry in previous.files):
                 marked = previous.without_content(n for n in touched if n is not None)
                 self._folder.write_json(PREVIOUS, marked.to_json())
-        for name in sorted(
-            deleted, key=lambda name: not name.endswith("_stats.json")
-        ):  # what says "finished" goes first
+        if self._finished:  # what a process left that was killed when the manifest was written
+            for name in {PREVIOUS, TAKEDOWN, BEGUN} & self._sizes.keys():
+                self._folder.remove(name)
+        records_first = sorted(deleted, key=lambda name: not name.endswith("_stats.json"))
+        for name in records_first:  # so that none stands beside files it does not mean
             self._folder.remove(name)
         self._folder.settle()
         return self._removal(samples, rewritten, deleted)
@@ -256,7 +260,7 @@ class _Takedown:
     def _mend(self, manifest: Manifest, numbers: set[int]) -> Manifest:
         folder = self._folder
         if MANIFEST in self._sizes:
-            for name in (PREVIOUS, BEGUN):  # what a killed export left after it had finished
+            for name in {PREVIOUS, BEGUN} & self._sizes.keys():  # of an export killed after it had finished
                 folder.remove(name)
         folder.write_json(TAKEDOWN, replace(manifest, pending=tuple(sorted(numbers))).to_json())
         folder.settle()

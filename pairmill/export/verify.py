@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from pairmill.errors import StoreError
 from pairmill.export.folder import Folder, Written
 from pairmill.export.manifest import BEGUN, LAYOUT, MANIFEST, PREVIOUS, STATES, TAKEDOWN, Manifest, is_temporary
 
@@ -73,15 +72,13 @@ def verify_export(
         progress: Told how it goes.
 
     Raises:
+        ConfigError: `out` is no address of a folder.
         StoreError: the folder cannot be reached.
     """
-    try:
-        folder = Folder(out)
-        sizes = folder.sizes()
-        raw = folder.read_json(MANIFEST) if MANIFEST in sizes else None
-        manifest = Manifest.from_json(raw)
-    except (OSError, ImportError, ValueError) as error:
-        raise StoreError(f"cannot reach {out}: {error}; mend access, then verify it again") from error
+    folder = Folder(out)
+    sizes = folder.sizes()
+    raw = folder.read_json(MANIFEST) if MANIFEST in sizes else None
+    manifest = Manifest.from_json(raw)
     if manifest is None:
         problem = Problem(MANIFEST, Wrong.MANIFEST, _why_no_manifest(folder, sizes, raw))
         return VerifyReport(folder.url, None, None, None, 0, 0, (problem,))
