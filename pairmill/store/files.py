@@ -73,7 +73,7 @@ def checksum_of(dataset: Dataset, path: str) -> str:
     """
     digest = hashlib.sha256()
     with dataset.fs.open(path, "rb") as file:
-        while chunk := file.read(2**22):
+        while chunk := file.read(2**23):
             digest.update(chunk)
     return digest.hexdigest()[:CHECKSUM_DIGITS]
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pairmill import storage
 from pairmill.errors import StoreError
 from pairmill.store.files import DataFile, ShardWriter, list_folder, read_files, sync_folder
 from schemas import fields
@@ -65,6 +66,11 @@ def open_delta(dataset: Dataset, name: str, version: int | None = None) -> Delta
     except TableNotFoundError:
         return None
     except (DeltaError, OSError, ValueError) as error:
+        if not dataset.local:  # objects are written whole or not at all: it is the store that does not answer
+            raise StoreError(
+                f"cannot open the table {name} in {dataset.url}: {storage.redact(str(error))}; run again when the "
+                "store answers"
+            ) from None
         last = last_whole_version(dataset, name)
         if last is None:
             return None
@@ -110,9 +116,11 @@ def last_whole_version(dataset: Dataset, name: str) -> int | None:
 def set_torn_aside(dataset: Dataset, name: str) -> list[str]:
     """Rename commit records at the end of the log that are not whole, so that the next commit can take their place.
 
-    Only for the holder of the lock. Returns their names.
+    Only for the holder of the lock. Returns their names. In object stores there are none: they show whole objects only.
     """
-    torn = []
+    torn: list[str] = []
+    if not dataset.local:
+        return torn
     for _, path in reversed(commit_records(dataset, name)):
         if is_whole(dataset, path):
             break
@@ -236,11 +244,11 @@ class _Delta:
             )
             delta.update_incremental()
         except (DeltaError, OSError) as error:
-            said = str(error).splitlines()[0]
+            said = storage.redact(str(error).splitlines()[0])
             raise StoreError(
                 f"cannot commit to the table {self.name} in {dataset.url}: {said}; make room or mend access, "
                 "then run again: it goes on"
-            ) from error
+            ) from (error if dataset.local else None)
         version = int(delta.version())
         if dataset.local:
             self._sync(version)
