@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairmill.errors import ConfigError, StoreError
-from pairmill.query import connect, select
+from pairmill.query import connect, filtered, select
 from pairmill.store import PAIRS_TABLE, DataFile, Snapshot, read_files
 from schemas import fields
 
@@ -136,17 +136,7 @@ class Selection:
 
     def _select(self, where: str | None) -> int:
         """Remember who is selected; the number of pairs."""
-        import duckdb
-
-        try:
-            kept = self._connection.sql("FROM pairs WHERE status = 'kept'").set_alias("pairs")
-            # `filter` takes an expression and nothing else: no other statement, no UNION, no other table.
-            selected = kept.filter(where or "true").project("uid, shard").to_arrow_table()
-        except duckdb.Error as error:
-            raise ConfigError(
-                f"where = {where!r} is no SQL condition over the view pairs: {error}\n"
-                '`pairmill sql DATASET "DESCRIBE pairs"` shows its columns'
-            ) from error
+        selected = filtered(self._connection, "FROM pairs WHERE status = 'kept'", where or "true")
         self._connection.register("selected_pairs", selected)
         return selected.num_rows
 
