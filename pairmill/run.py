@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from pairmill import config_file, retry, revisits
+from pairmill import config_file, retry, revisits, takedown, versions
 from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
 from pairmill.engines import open_engine
@@ -198,12 +198,14 @@ class _Refresh:
             if revisit is not None:
                 self._revisit(engine, revisit)
             self._segments(engine)
-        _finish("takedown", self.dataset, self.reporter)  # what was taken down meanwhile is not published
+        takedown.finish(self.dataset, self.reporter)  # what was taken down meanwhile is not published
         frame = self._frame()
         state = replay(self.plan, frame)
         if state.pending.any():
             raise ContractError(f"{int(state.pending.sum())} rows are still pending after all steps ran")
         snapshot, published = self._publish(frame, state, begin)
+        if takedown.finish(self.dataset, self.reporter):  # and what came in at the very last moment goes again
+            snapshot, published = self.dataset.snapshots()[-1], True
         return self._report(snapshot, published, admission, begin)
 
     def _mend(self) -> None:
@@ -211,8 +213,8 @@ class _Refresh:
         for name in self.dataset.tables():
             for record in set_torn_aside(self.dataset, name):
                 self.reporter.note(f"{name}: the commit record {record} was not written to its end; set aside")
-        _finish("versions", self.dataset, self.reporter)
-        _finish("takedown", self.dataset, self.reporter)
+        versions.finish(self.dataset, self.reporter)
+        takedown.finish(self.dataset, self.reporter)
 
     def _retry(self, everything: bool) -> None:
         known = retry.known_attempts(self.dataset)
@@ -433,15 +435,6 @@ class _Refresh:
         self.dataset.publish(record)
         self.reporter.note(f"published snapshot {record.id}: {record.kept} of {record.admitted} pairs kept")
         return record, True
-
-
-def _finish(name: str, dataset: Dataset, reporter: Reporter) -> None:
-    try:
-        module: Any = importlib.import_module(f"pairmill.{name}")
-    except ImportError:
-        return
-    if hasattr(module, "finish"):
-        module.finish(dataset, reporter)
 
 
 class _LazyEngine:
