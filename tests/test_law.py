@@ -2,7 +2,7 @@
 
 **The law.** Let a dataset have gone through any sequence of: rows added to the list, the list put in another order,
 rows taken off it, a threshold moved, a stage's parameters or model changed, pairs taken down, refreshes killed at any
-step, and refreshes; and let it end with a refresh. Compare it with a dataset made in one run, with the last config, from
+step, and refreshes; and let it end with a refresh. Compare it with a dataset made in one run, with the last config, of
 all rows that were ever admitted and are not taken down. Then, for every pair:
 
 1. it is in the one if and only if it is in the other;

@@ -190,3 +190,41 @@ def test_a_revisit_asks_only_for_what_it_was_told(tmp_path: Path):
         report = refresh(run, Silent(), revisit=f"uid = '{one['uid'][0].as_py()}'")
         assert report.computed == {"revisit": 1}
         assert {url for url in web.requests if not url.endswith("robots.txt")} == {one["url"][0].as_py()}
+
+
+def spoil_images(dataset: Dataset) -> int:
+    """Overwrite the stored bytes of every image in place, and nothing else of the files; how many bytes that was."""
+    spoilt = 0
+    table = dataset.snapshot().columns["image"]
+    for file in dataset.snapshot().files(table):
+        metadata = pq.read_metadata(file.path)
+        column = metadata.schema.names.index("image")
+        with open(file.path, "r+b") as opened:
+            for group in range(metadata.num_row_groups):
+                chunk = metadata.row_group(group).column(column)
+                opened.seek(chunk.data_page_offset)
+                opened.write(b"\xff" * chunk.total_compressed_size)
+                spoilt += chunk.total_compressed_size
+    return spoilt
+
+
+def test_a_refresh_and_another_threshold_read_no_old_image_bytes(tmp_path: Path):
+    with ProceduralWeb(150, seed=7, hang_s=3) as web:
+        web.write(tmp_path)
+        rows = pq.read_table(tmp_path / "urls.parquet")
+        results = {}
+        for name in ("calm", "spoilt"):
+            pq.write_table(rows.slice(0, 120), tmp_path / "urls.parquet")
+            knobs = {"dataset": str(tmp_path / name), "keep": {"clip_score": "top 70%"}, "dedup": {"semantic": 0.9}}
+            path = str(main_config(tmp_path, **knobs))
+            refresh(load_config(path), Silent())
+            dataset = Dataset(str(tmp_path / name))
+            if name == "spoilt":
+                assert spoil_images(dataset) > 100_000
+            pq.write_table(rows, tmp_path / "urls.parquet")
+            grown = refresh(load_config(path), Silent())
+            looser = refresh(load_config(path, ["keep.clip_score=top 90%"]), Silent())
+            assert set(looser.computed) <= {"neighbours"}, "a threshold runs no model and no download"
+            asked = "SELECT uid, status, reason, clip_score, duplicate_of FROM pairs ORDER BY uid"
+            results[name] = (grown.computed, looser.computed, query(dataset.snapshot(), asked).to_pylist())
+    assert results["spoilt"] == results["calm"]
