@@ -88,7 +88,8 @@ class Folder:
         with _explained(f"cannot write to {self.url}"):
             if self.fs.exists(self._root) and not self.fs.isdir(self._root):
                 raise ConfigError(f"{self.url} is a file; give a folder")
-            self.fs.makedirs(self._root, exist_ok=True)
+            if not storage.is_s3(self.fs):  # which has no folders; and s3fs would make a bucket that is missing
+                self.fs.makedirs(self._root, exist_ok=True)
             handle = os.open(self._root, os.O_RDONLY) if self._local else None
         try:
             if handle is not None:

@@ -25,11 +25,11 @@ from pairmill.export.manifest import (
 from pairmill.export.registry import known_exports, register
 from pairmill.export.selection import Group, Selection, steady
 from pairmill.report.text import without_secrets
+from pairmill.store import Snapshot
 from schemas.exports import ExportEvent
 
 if TYPE_CHECKING:
     from pairmill.report.progress import Reporter
-    from pairmill.store import Snapshot
 
 WriteGroup = Callable[[Selection, Group, pa.Table, Folder], list[Written]]
 """Writes the files of a group, given its metadata; returns them, the main one first."""
@@ -92,7 +92,8 @@ def export(
     folder = Folder(out)
     with (
         snapshot.dataset.reading(),
-        Selection(snapshot, where, pairs_per_shard) as selection,
+        # Opened anew: what a takedown did since the caller opened it counts.
+        Selection(Snapshot(snapshot.dataset, record), where, pairs_per_shard) as selection,
         folder.hold(),
     ):
         registry = _Registry(snapshot, folder, identity, progress)

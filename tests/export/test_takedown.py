@@ -14,6 +14,7 @@ import pytest
 
 from pairmill.export import Reach, holds_pairs, known_exports, remove_from_exports, remove_pairs, verify_export
 from pairmill.export.folder import Folder
+from pairmill.store import REWRITES, REWRITES_TABLE
 from schemas.exports import ExportEvent
 from tests.export.dataset import Built, Pair, build
 from tests.export.folders import (
@@ -318,6 +319,24 @@ def test_on_any_file_system(built, tmp_path):
     assert remove_pairs(url, UIDS).samples == remove_pairs(str(tmp_path / "out"), UIDS).samples == 5
     found = {path.rpartition("/")[2]: memory.cat_file(path) for path in memory.ls("/exports/takedown", detail=False)}
     assert found == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_snapshot_opened_before_a_takedown_does_not_bring_them_back(tmp_path):
+    built = build(str(tmp_path / "data"), PAIRS)
+    opened = built.snapshot
+    for name in opened.record.tables:
+        for file in opened.files(name):  # remembered from now on
+            schema = pq.read_schema(file.path)
+            rows = pq.read_table(file.path, schema=schema)
+            kept = rows.filter([uid not in UIDS for uid in rows["uid"].to_pylist()])
+            with built.dataset.table(name, schema).writer(file.shard, "taken-down") as writer:
+                writer.write(kept)
+                new = writer.close()
+            row = {"table": name, "old": file.relative, "new": new.relative, "rows": new.rows, "size": new.size}
+            built.dataset.records(REWRITES_TABLE, REWRITES).append([row])
+    report = WRITE["webdataset"](opened, str(tmp_path / "out"), pairs_per_shard=10)
+    assert report.samples == 18
+    assert_gone(tmp_path / "out", GONE)
 
 
 # -- the list of exports ----------------------------------------------------------------------------------------------
