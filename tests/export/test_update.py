@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from pairmill.errors import ConfigError, DatasetLocked
 from pairmill.export import export_webdataset
+from pairmill.export.folder import Folder
 from pairmill.export.selection import Group, Selection, group_shards, steady
 from pairmill.store import DataFile
 from schemas import fields
@@ -306,6 +307,30 @@ def killed_only(out: Path, step: int, job: dict) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(job), str(out), str(step)], check=False)
     assert done.returncode == -9
+
+
+def test_a_file_written_for_another_snapshot_is_not_taken_for_the_old_one_of_the_same_size(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    built = build(str(tmp_path / "data"), BEFORE)
+    export(built, 1, out)
+    first = data(out)
+    rewrite(built, "clip-00000002", {"clip_score": 0.4})
+    plain = Folder.create
+
+    def failing(self, name):
+        if name == "00000.parquet":
+            raise KeyboardInterrupt
+        return plain(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "create", failing)
+        with pytest.raises(KeyboardInterrupt):
+            export(built, 2, out)
+    torn = (out / "00000.tar").read_bytes()
+    assert torn != first["00000.tar"] and len(torn) == len(first["00000.tar"])
+    export(built, 1, out)
+    assert data(out) == first
+    assert_true(out)
 
 
 def test_a_lost_or_short_file_is_written_again(built, tmp_path):
