@@ -8,6 +8,7 @@ the run, so a dataset whose driver itself was killed by a crash gets past it at 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import tempfile
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-from pairmill import errors
+from pairmill import errors, storage
 from pairmill.execute import Care, Job, Unit, Worker
 from pairmill.store import Dataset
 
@@ -58,12 +59,13 @@ class _Mark:
         self.found = bool(self._fs.exists(self._path))
 
     def __enter__(self) -> None:
-        self._fs.makedirs(os.path.dirname(self._path), exist_ok=True)
-        self._fs.touch(self._path)
+        if not storage.is_s3(self._fs):  # which has no folders; and s3fs would make a bucket that is missing
+            self._fs.makedirs(os.path.dirname(self._path), exist_ok=True)
+        self._fs.pipe_file(self._path, b"")
 
     def __exit__(self, *_: object) -> None:
-        if self._fs.exists(self._path):
-            self._fs.rm(self._path)
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path)
 
 
 def _isolated(job: Job, group: int, unit: Unit) -> Unit:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import pyarrow as pa
 
+from pairmill import storage
 from pairmill.errors import ConfigError, StoreError
 from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, SNAPSHOTS_TABLE
 from schemas import fields
@@ -116,8 +117,8 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(":memory:", config=options)
     try:
         connection.register_filesystem(_SnapshotFiles(snapshot))
-        _Views(connection, snapshot).create()
         connection.execute("SET parquet_metadata_cache = true")  # files of a snapshot never change
+        _Views(connection, snapshot).create()
         connection.execute(f"SET allowed_directories = ['{_PROTOCOL}://']")
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -460,7 +461,8 @@ class _SnapshotFiles(fsspec.AbstractFileSystem):
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode != "rb":
             raise PermissionError(f"a snapshot is read-only: {path}")
-        return _SharedFile(self._fs.open(self._file(path).path, "rb"))
+        file = self._file(path)
+        return _SharedFile(storage.open_known(self._fs, file.path, file.size))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         """Size and type of a file."""

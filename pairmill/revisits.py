@@ -34,6 +34,7 @@ from pairmill.store import (
     write_if_new,
 )
 from pairmill.tombstones import Tombstones
+from pairmill.versions.removal import remove_tables
 from schemas import fields
 from schemas.config import RunConfig
 from schemas.reasons import Reason, Visit
@@ -120,7 +121,7 @@ class OpenVisit:
             self._forget_measures(uids)
             for shard in sorted(set(changed.column("shard").to_pylist())):
                 self._replace(shard, uids, [f for f in files if f.shard == shard], schema)
-        self.dataset.fs.rm(self.dataset.path(self.visit.table), recursive=True)
+        remove_tables(self.dataset, [self.visit.table])
 
     def _told(self, rows: pa.Table) -> str:
         visits = Counter(rows.column("visit").to_pylist())

@@ -210,7 +210,7 @@ class _Refresh:
 
     def _mend(self) -> None:
         """Finish what a process that died left half done."""
-        for name in self.dataset.tables():
+        for name in self.dataset.tables() if self.dataset.local else ():  # object stores show whole objects only
             for record in set_torn_aside(self.dataset, name):
                 self.reporter.note(f"{name}: the commit record {record} was not written to its end; set aside")
         versions.finish(self.dataset, self.reporter)

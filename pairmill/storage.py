@@ -25,8 +25,16 @@ _S3 = ("s3", "s3a")
 _TRIES = 5
 """How often a write is sent that the store refuses for another one under way at the same moment (409)."""
 
+_RETRIES = {"mode": "standard", "max_attempts": 3}
+"""How often a request is sent when the store does not answer, or says that it cannot."""
+
+_SMALL = 2**18
+"""Bytes up to which a file is fetched whole: one request, instead of one for its end and one for each column."""
+
 _REFUSED = ("PreconditionFailed", "412", "NoSuchKey", "404")
+_OF_THE_OBJECT = ("NoSuchKey", "404", "NoSuchVersion", "InvalidRange", "416", "PreconditionFailed", "412")
 _FORBIDDEN = ("AccessDenied", "AllAccessDisabled", "403")
+_UNKNOWN = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidClientTokenId")
 
 _secrets: set[str] = set()
 """Credentials that were handed on, so that `redact` knows them."""
@@ -60,12 +68,47 @@ def open_fs(url: str) -> tuple[Any, str]:
             f"the URL {parts.scheme}://...@{parts.netloc.rpartition('@')[2]}{parts.path} holds credentials; "
             "take them out of it: they are read from the environment and from profile files"
         )
-    options = {"use_listings_cache": False, "default_cache_type": "none"} if parts.scheme in _S3 else {}
     try:
-        fs, root = fsspec.core.url_to_fs(url, **options)
+        if parts.scheme in _S3:
+            fs = _s3_files()(use_listings_cache=False, default_cache_type="none", config_kwargs={"retries": _RETRIES})
+            root = fs._strip_protocol(url)
+        else:
+            fs, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"cannot open {url}: {error}") from error
     return fs, os.path.abspath(root) if is_local(fs) else root.rstrip("/")
+
+
+@functools.cache
+def _s3_files() -> Any:
+    """s3fs, with errors as `explained` has them: botocore's own are no OSErrors, so nobody would expect them. What the
+    store says of the object alone, that it is missing or shorter, stays an OSError as on a disk."""
+    import s3fs
+
+    class S3Files(s3fs.S3FileSystem):
+        async def _call_s3(self, method: str, *more: Any, **given: Any) -> Any:
+            place = "/".join(given[name] for name in ("Bucket", "Key", "Prefix") if given.get(name))
+            try:
+                return await super()._call_s3(method, *more, **given)
+            except Exception as error:
+                cause = error.__cause__ or error  # s3fs makes an OSError of what the store said
+                if _code(cause) in _OF_THE_OBJECT:
+                    raise
+                with explained(f"{method} of s3://{place}"):
+                    raise cause from None
+
+    return S3Files
+
+
+def open_known(fs: Any, path: str, size: int) -> Any:
+    """Open a file whose size is known for reading, without asking an object store for it. A small one is fetched whole
+    by the first read."""
+    if not is_s3(fs):
+        return fs.open(path, "rb")
+    how = {"cache_type": "first", "block_size": size} if size <= _SMALL else {}
+    file = fs.open(path, "rb", size=size, **how)
+    file.details = {"name": path, "size": size, "type": "file"}
+    return file
 
 
 def is_local(fs: Any) -> bool:
@@ -134,7 +177,7 @@ def _session(process: int) -> Any:  # noqa: ARG001 - a fork must not share conne
 def _client(process: int, region: str | None = None) -> Any:
     from botocore.config import Config
 
-    config = Config(connect_timeout=5, read_timeout=20, retries={"mode": "standard", "max_attempts": 3})
+    config = Config(connect_timeout=5, read_timeout=20, retries=_RETRIES)
     return _session(process).create_client("s3", region_name=region, config=config)
 
 
@@ -228,6 +271,9 @@ def _object(fs: Any, path: str) -> tuple[Any, str, str]:
 
 
 def _code(error: Any) -> str:
+    """What S3 calls an error; delta-rs has it in the text."""
+    if not hasattr(error, "response"):
+        return next(iter(re.findall(r"<Code>(\w+)</Code>", str(error))), "")
     code: str = error.response.get("Error", {}).get("Code", "")
     return code
 
@@ -266,16 +312,18 @@ def _reason(error: Exception) -> tuple[type[StoreError], str] | None:
         return StoreError, "AWS_PROFILE must name a profile of your AWS configuration files"
     if isinstance(error, aws.EndpointConnectionError):
         return StoreError, "is the store up, and AWS_ENDPOINT_URL right?"
-    if isinstance(error, aws.ClientError):
+    if isinstance(error, (aws.ClientError, DeltaError)):
         code = _code(error)
+        if code in _UNKNOWN:
+            return StoreError, "the store does not know these credentials, or no longer: check where they come from"
         if code in _FORBIDDEN:
-            return AccessDenied, "the credentials do not allow it"
+            return AccessDenied, "the credentials are wrong, or do not allow it"
         if code in ("NotImplemented", "501"):
             return StoreError, "the store knows no conditional writes, which datasets need"
         if code == "NoSuchBucket":
             return StoreError, "make the bucket first"
     if isinstance(error, PermissionError):
-        return AccessDenied, "the credentials do not allow it"
+        return AccessDenied, "the credentials are wrong, or do not allow it"
     if isinstance(error, (aws.ClientError, aws.BotoCoreError, DeltaError, OSError)):
         return StoreError, "run again when the store answers"
     return None

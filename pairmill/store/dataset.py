@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -18,6 +18,9 @@ from pairmill.errors import ConfigError, DatasetLocked
 from pairmill.store.files import DataFile
 from pairmill.store.tables import LOG, Records, Table
 from schemas.snapshot import SNAPSHOTS, SnapshotRecord
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
 
 PAIRS_TABLE = "pairs"
 LEDGER_TABLE = "ledger"
@@ -50,6 +53,8 @@ class Dataset:
         self.local = storage.is_local(self.fs)
         self.url = self.root if self.local else url.rstrip("/")
         self._lease: leases.Lease | None = None
+        self.held: dict[str, DeltaTable | None] | None = None
+        """Tables as they are in an object store, while this process holds the right to write."""
 
     def __repr__(self) -> str:
         return f"Dataset({self.url!r})"
@@ -177,10 +182,11 @@ class Dataset:
             yield
             return
         with leases.exclusive(self.fs, self.root, wait_s=wait_s) as self._lease:
+            self.held = {}
             try:
                 yield
             finally:
-                self._lease = None
+                self._lease = self.held = None
 
     def check_lock(self) -> None:
         """Asked before each commit: is the right to write still ours? (The kernel takes no lock from a living process.)

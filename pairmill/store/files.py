@@ -24,6 +24,7 @@ import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from pairmill import storage
 from pairmill.errors import StoreError
 from schemas import fields
 
@@ -294,21 +295,34 @@ def _scanner(dataset: Dataset, files: Sequence[DataFile], schema: pa.Schema, col
         [f.path for f in files],
         schema=wanted,
         format="parquet",
-        filesystem=None if dataset.local else pafs.PyFileSystem(pafs.FSSpecHandler(dataset.fs)),
+        filesystem=None if dataset.local else pafs.PyFileSystem(_Known(dataset, files)),
         partitioning=_PARTITIONING,
     )
     return source.scanner(columns=list(columns))
 
 
+class _Known(pafs.FSSpecHandler):
+    """A file system that knows the sizes of some files, so that an object store is not asked for them."""
+
+    def __init__(self, dataset: Dataset, files: Sequence[DataFile]) -> None:
+        super().__init__(dataset.fs)
+        self._sizes = {file.path: file.size for file in files}
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        """One of the files."""
+        return pa.PythonFile(storage.open_known(self.fs, path, self._sizes[path]), mode="r")
+
+
 @contextlib.contextmanager
 def _reading(dataset: Dataset) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(
-            f"cannot read the dataset {dataset.url}: {error}; a file is damaged or missing: "
-            f"`pairmill verify {dataset.url} --repair` says which one, and mends what can be mended"
-        ) from error
+    with storage.explained(f"cannot read the dataset {dataset.url}"):
+        try:
+            yield
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(
+                f"cannot read the dataset {dataset.url}: {error}; a file is damaged or missing: "
+                f"`pairmill verify {dataset.url} --repair` says which one, and mends what can be mended"
+            ) from error
 
 
 def without_rows(

@@ -58,7 +58,7 @@ def open_delta(dataset: Dataset, name: str, version: int | None = None) -> Delta
     from deltalake import DeltaTable
     from deltalake.exceptions import DeltaError, TableNotFoundError
 
-    if not dataset.fs.exists(dataset.path(name, LOG)):
+    if dataset.local and not dataset.fs.exists(dataset.path(name, LOG)):
         return None
     options = dataset.delta_options
     try:
@@ -162,19 +162,29 @@ class _Delta:
 
     def version(self) -> int:
         """The version of the last commit; -1 before the first one."""
-        delta = open_delta(self.dataset, self.name)
+        delta = self._latest()
         return -1 if delta is None else int(delta.version())
 
     def files(self, version: int | None = None) -> list[DataFile]:
         """The files of a version (the latest by default), by shard and name."""
-        delta = open_delta(self.dataset, self.name, version)
+        delta = self._latest() if version is None else open_delta(self.dataset, self.name, version)
         return [] if delta is None else list_files(self.dataset, self.name, delta)
 
     def removals(self) -> int:
         """How many commits took files out of it. A file that was taken out still lies there; work that comes again
         after a removal must not be mistaken for the work that was done before it."""
-        delta = open_delta(self.dataset, self.name)
+        delta = self._latest()
         return 0 if delta is None else int(delta.transaction_version(_REMOVALS) or 0)
+
+    def _latest(self) -> DeltaTable | None:
+        """The latest version. While this process holds the right to write it reads the log of an object store once:
+        nobody else commits, but to tables of records."""
+        held = self.dataset.held
+        if held is None or not self.partitioned:
+            return open_delta(self.dataset, self.name)
+        if self.name not in held:
+            held[self.name] = open_delta(self.dataset, self.name)
+        return held[self.name]
 
     def _commit(
         self,
@@ -190,6 +200,8 @@ class _Delta:
 
         dataset = self.dataset
         dataset.check_lock()
+        if dataset.held is not None:
+            dataset.held.pop(self.name, None)
         try:
             delta = open_delta(dataset, self.name)
             if delta is None:

@@ -92,12 +92,10 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 def forget() -> None:
     """The environment has changed: this process makes no use of what it read there before."""
-    import s3fs
-
     for cache in (storage._session, storage._client, storage._region_of):
         cache.cache_clear()
     storage._secrets.clear()
-    s3fs.S3FileSystem.clear_instance_cache()
+    storage._s3_files().clear_instance_cache()
 
 
 @pytest.fixture
