@@ -233,6 +233,13 @@ def test_a_file_that_is_not_there_is_found_before_anything_is_changed(tmp_path: 
     assert tree(Path(dataset.root)) == before
 
 
+def test_a_table_that_is_not_there_is_found_too(tmp_path: Path):
+    dataset = two_models(tmp_path / "dataset")
+    shutil.rmtree(tmp_path / "dataset" / CLIP)
+    with pytest.raises(StoreError, match=rf"1 of its files are missing or damaged, .*{CLIP} among them"):
+        rollback(dataset, 1)
+
+
 def test_no_dataset_and_no_snapshot_are_config_errors_and_make_no_folder(tmp_path: Path):
     with pytest.raises(ConfigError, match="is no pairmill dataset"):
         rollback(Dataset(str(tmp_path / "nowhere")), 1)
@@ -343,7 +350,7 @@ def two_models(root: Path) -> Dataset:
     pairs = tuple(Pair(i, i // 2, reason="clip.below_threshold" if i % 2 else None) for i in range(4))
     publish(dataset, State(pairs))
     more = (replace(pairs[0], sha256="b"), *pairs[1:], Pair(9, 2))
-    publish(dataset, State(more, clip=OTHER_CLIP, refresh=2))
+    publish(dataset, State(more, clip=OTHER_CLIP))
     return dataset
 
 
@@ -419,7 +426,7 @@ def test_expired_snapshots_go_with_their_files_and_the_rest_reads_as_before(tmp_
     assert [r.id for r in dataset.snapshots()] == [2]
     assert read(dataset.snapshot()) == second
     whys = {(r.table, r.why) for r in report.removed}
-    assert whys == {(CLIP, UNUSED), (IMAGES, EXPIRED), (PAIRS_TABLE, EXPIRED)}
+    assert whys == {(CLIP, UNUSED), (IMAGES, EXPIRED)}
     assert not (tmp_path / "dataset" / CLIP).exists()
     assert report.files == sum(r.files for r in report.removed)
     with pytest.raises(ConfigError, match="has no snapshot 1"):
@@ -566,7 +573,7 @@ states = st.builds(
 events = st.one_of(states, st.integers(0, 5).map(lambda n: ("forget", n)), st.integers(1, 4).map(lambda n: ("back", n)))
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(history=st.lists(events, min_size=1, max_size=5), keep=st.integers(1, 3), orphan=st.booleans())
 def test_after_a_vacuum_every_retained_snapshot_reads_the_same(tmp_path_factory, history, keep: int, orphan: bool):
     root = tmp_path_factory.mktemp("vacuum")
@@ -609,7 +616,7 @@ def test_sigkill_at_every_step_of_a_vacuum_leaves_only_what_the_next_one_removes
     datasets = copies(calm, 24)
     vacuum(calm, Retention(snapshots=1), grace_hours=0)
     died = killed("vacuum", 0, *datasets)
-    assert died[12] and not died[-1], "records, declared, files of the table, of its log, done, files, rewrites"
+    assert died.count(True) >= 9 and not died[-1], "records, declared, the table and its log, done, files, rewrites"
     for point, dataset in enumerate(datasets[: died.index(False) + 1]):
         assert read(dataset.snapshot(2)) == second
         if len(dataset.snapshots()) == 2:
@@ -663,7 +670,7 @@ def brute(a: State, b: State) -> dict[str, object]:
     }
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(a=states, b=states, by=st.sampled_from(By))
 def test_a_diff_says_what_a_comparison_pair_by_pair_says(tmp_path_factory, a: State, b: State, by: By):
     dataset = Dataset(str(tmp_path_factory.mktemp("diff")))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pairmill.errors import ConfigError, StoreError
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, DataFile, Snapshot, open_delta, read_files, stream_files
@@ -315,17 +314,17 @@ class _Diff:
 
     def _values(self, columns: Sequence[str], name: str, *, numbers: bool = False) -> list[tuple[Any, ...]]:
         """Compare columns of one table; name, changed, gained, lost and mean change of each. Makes the table `name`:
-        uid and the columns of both sides."""
+        uid, shard and the columns of both sides."""
         tables = tuple(s.columns.get(columns[0]) for s in self._sides.values())
         shards = self._differing([tables])
         for (side, snapshot), table in zip(self._sides.items(), tables, strict=True):
             kinds = _kinds(snapshot, table)
             read = [pa.field(c, kinds.get(c, pa.float32() if numbers else pa.string())) for c in columns]
-            self._load(side, table, shards, [fields.UID, *read], f"uid, {_names(columns)}", f"{name}_{side}")
+            self._load(side, table, shards, [fields.UID, *read], f"uid, shard, {_names(columns)}", f"{name}_{side}")
         selected = ", ".join(f"{s}.{_name(c)} AS {_name(f'{c} {s}')}" for c in columns for s in self._sides)
         self._connection.execute(
             f"""CREATE TABLE {name} AS SELECT * FROM (
-                  SELECT coalesce(a.uid, b.uid) AS uid, {selected}
+                  SELECT coalesce(a.uid, b.uid) AS uid, coalesce(b.shard, a.shard) AS shard, {selected}
                   FROM {name}_a a FULL JOIN {name}_b b ON a.uid = b.uid)
                 WHERE uid NOT IN (SELECT uid FROM d WHERE NOT both_there)"""
         )
@@ -367,9 +366,9 @@ class _Diff:
                 "written",
             )
             ledger = [fields.UID, fields.REASON, fields.TEXT_RANKS]
-            self._load(side, LEDGER_TABLE, shards, ledger, "uid, reason, text_ranks", "chosen")
+            self._load(side, LEDGER_TABLE, shards, ledger, "uid, shard, reason, text_ranks", "chosen")
             self._connection.execute(
-                f"""CREATE TABLE caption_{side} AS SELECT c.uid, md5(if(c.text_ranks IS NULL, given,
+                f"""CREATE TABLE caption_{side} AS SELECT c.uid, c.shard, md5(if(c.text_ranks IS NULL, given,
                       list_concat(coalesce(given, []), coalesce(written, [])))[
                         if(c.text_ranks IS NULL, 1, nullif(list_position(c.text_ranks, 0), 0))]) AS caption
                     FROM chosen c LEFT JOIN given g ON g.uid = c.uid LEFT JOIN written w ON w.uid = c.uid
@@ -377,7 +376,7 @@ class _Diff:
             )
             self._connection.execute("DROP TABLE given; DROP TABLE written; DROP TABLE chosen")
         self._connection.execute(
-            """CREATE TABLE caption AS SELECT uid, a.caption AS "caption a", b.caption AS "caption b"
+            """CREATE TABLE caption AS SELECT uid, b.shard, a.caption AS "caption a", b.caption AS "caption b"
                FROM caption_a a JOIN caption_b b USING (uid)"""
         )
         a, b = '"caption a"', '"caption b"'
@@ -390,52 +389,38 @@ class _Diff:
     # -- some of them --
 
     def _listed(self, number: int) -> list[dict[str, Any]]:
-        kinds = {
-            "in": "shard_a IS NULL",
-            "out": "shard_b IS NULL",
-            "newly kept": "newly",
-            "no longer kept": "lost",
-            "other reason": "both_there AND reason_a <> reason_b",
-        }
-        shown = "uid, coalesce(shard_b, shard_a) AS shard, reason_a, reason_b"
-        rows: list[dict[str, Any]] = []
-        for change, condition in kinds.items():
-            found = self._rows(f"SELECT {shown} FROM d WHERE {condition} ORDER BY uid LIMIT {number}")
-            rows += [{"change": change, **_named(("uid", "shard", "reason_a", "reason_b"), row)} for row in found]
-        for change, table, column in (("image", "image", "sha256"), ("caption", "caption", "caption")):
-            differ = f'"{column} a" <> "{column} b"'
-            found = self._rows(
-                f"""SELECT uid, coalesce(shard_b, shard_a), reason_a, reason_b FROM {table} LEFT JOIN d USING (uid)
-                    WHERE {differ} ORDER BY uid LIMIT {number}"""
-            )
-            rows += [{"change": change, **_named(("uid", "shard", "reason_a", "reason_b"), row)} for row in found]
-        self._find(rows)
-        order = ("change", "uid", "url", "shard", "reason_a", "reason_b")
-        return [{name: row.get(name) for name in order} for row in rows]
-
-    def _find(self, rows: list[dict[str, Any]]) -> None:
-        """Add the URL of each row, and what its ledger says where the diff did not have to look at it."""
-        wanted = pa.array(sorted({row["uid"] for row in rows}), pa.string())
-        known: dict[str, dict[str, Any]] = {}
-        for side in ("a", "b"):
-            snapshot = self._sides[side]
-            # without a shard the pair stands where images or captions differ, among shards that were read
-            shards = {row["shard"] for row in rows}
-            shards = self._read if None in shards else shards
-            for table, schema, names in (
-                (PAIRS_TABLE, fields.PAIRS, ["uid", "url", "shard"]),
-                (LEDGER_TABLE, fields.LEDGER, ["uid", "reason"]),
-            ):
-                for file in snapshot.files(table):
-                    if file.shard in shards:
-                        read = read_files(snapshot.dataset, [file], schema, names)
-                        for found in read.filter(pc.is_in(read["uid"], value_set=wanted)).to_pylist():
-                            entry = known.setdefault(found["uid"], {})
-                            entry.update({k: v for k, v in found.items() if k != "reason"})
-                            if "reason" in found:
-                                entry[f"reason_{side}"] = found["reason"]
-        for row in rows:
-            row.update({k: v for k, v in known.get(row["uid"], {}).items() if row.get(k) is None})
+        kinds = [
+            ("in", "d", "shard_a IS NULL"),
+            ("out", "d", "shard_b IS NULL"),
+            ("newly kept", "d", "newly"),
+            ("no longer kept", "d", "lost"),
+            ("other reason", "d", "both_there AND reason_a <> reason_b"),
+            ("image", "image", '"sha256 a" <> "sha256 b"'),
+            ("caption", "caption", '"caption a" <> "caption b"'),
+        ]
+        shard = {"d": "coalesce(shard_b, shard_a)"}
+        parts = " UNION ALL ".join(
+            f"""(SELECT {place} AS place, '{change}' AS change, uid, {shard.get(table, "shard")} AS shard
+                 FROM {table} WHERE {condition} ORDER BY uid LIMIT {number})"""
+            for place, (change, table, condition) in enumerate(kinds)
+        )
+        self._connection.execute(f"CREATE TABLE listed AS {parts}")
+        here = "SELECT DISTINCT shard FROM listed WHERE change"
+        gone, there = ([s for (s,) in self._rows(f"{here} {sign} 'out'")] for sign in ("=", "<>"))
+        self._load("a", PAIRS_TABLE, gone, [fields.UID, fields.URL], "uid, url, shard", "url_a")
+        self._load("b", PAIRS_TABLE, there, [fields.UID, fields.URL], "uid, url, shard", "url_b")
+        # a pair that is not in d has the same line in both ledgers
+        shards = [s for (s,) in self._rows(f"{here} IN ('image', 'caption')")]
+        self._load("b", LEDGER_TABLE, shards, [fields.UID, fields.REASON], "uid, reason", "why")
+        names = ("change", "uid", "url", "shard", "reason_a", "reason_b")
+        rows = self._rows(
+            """SELECT change, l.uid, url, l.shard,
+                 if(d.uid IS NULL, reason, reason_a), if(d.uid IS NULL, reason, reason_b)
+               FROM listed l LEFT JOIN d ON d.uid = l.uid LEFT JOIN why ON why.uid = l.uid
+               LEFT JOIN (FROM url_a UNION FROM url_b) u ON u.uid = l.uid AND u.shard = l.shard
+               ORDER BY l.place, l.uid"""
+        )
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     # -- reading --
 
@@ -514,10 +499,6 @@ def _computed(a: Snapshot, b: Snapshot) -> dict[str, int]:
 
 def _key_changes(a: dict[str, str], b: dict[str, str]) -> list[KeyChange]:
     return [KeyChange(key, a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
-
-
-def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names, values, strict=True))
 
 
 def _name(name: str) -> str:

@@ -275,7 +275,8 @@ def _check_files(dataset: Dataset, target: Snapshot, moves: Sequence[_Move]) -> 
     Raises:
         StoreError: a file is missing, or has another size than it was written with.
     """
-    lost = []
+    tables = {move.table for move in moves}
+    lost = [dataset.path(table) for table in sorted(target.record.tables) if table not in tables]
     for move in moves:
         if not move.named or not move.target:
             continue
