@@ -17,6 +17,7 @@ import typer
 from pairmill import __version__
 from pairmill.commands import versions
 from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, Wait, print_json, shown
+from pairmill.commands.forget import forget
 from pairmill.errors import ConfigError, PairmillError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ app.command()(versions.snapshots)
 app.command()(versions.diff)
 app.command()(versions.rollback)
 app.command()(versions.vacuum)
+app.command()(forget)
 
 
 class TableFormat(str, Enum):

@@ -82,13 +82,13 @@ def _ascii_hosts(host: str) -> list[str]:
 
 def address_of(url: str) -> str | None:
     """The address behind a URL, in one spelling for all that lead to it: scheme and host in lower case, without user,
-    default port and fragment, what is not ASCII quoted. None for what has no host."""
+    default port and fragment, what is not ASCII quoted. None for what has no scheme or no host."""
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname, parts.port
     except ValueError:
         return None
-    if not host:
+    if not host or not parts.scheme:
         return None
     host = _ascii_hosts(unquote(host))[0].rstrip(".")
     place = f"[{host}]" if ":" in host else host
@@ -154,6 +154,8 @@ class Tombstones:
         return uid in self.uids or any(url and self._bars_url(url) for url in urls)
 
     def _bars_url(self, url: str) -> bool:
+        if not url:
+            return False
         if self.urls and (hashed(url) in self.urls or ((plain := address_of(url)) and hashed(plain) in self.urls)):
             return True
         return bool(self.domains) and any(hashed(domain) in self.domains for domain in domains_of(url))

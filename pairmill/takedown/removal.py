@@ -531,7 +531,7 @@ class _Takedown:
 
 
 def _plain(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    return pa.table(rows.combine_chunks().columns, schema=schema)
+    return rows.combine_chunks().cast(schema)
 
 
 def _account(dataset: Dataset, inventory: Inventory, findings: Findings, requests: tuple[str, ...]) -> TakedownReport:

@@ -205,16 +205,25 @@ class Inventory:
 
 
 def schema_of(dataset: Dataset, path: str) -> pa.Schema:
-    """The schema of a Parquet file.
+    """The schema of a Parquet file, as it was given to its writer.
 
     Raises:
         StoreError: it is damaged.
     """
     try:
         with dataset.fs.open(path, "rb") as opened:
-            return pq.read_schema(opened).remove_metadata()
+            return pa.schema([f.with_type(_as_written(f.type)) for f in pq.read_schema(opened)])
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"cannot read {path}: {error}; `pairmill verify {dataset.url}` says more") from error
+
+
+def _as_written(kind: pa.DataType) -> pa.DataType:
+    """Lists that were read have elements of another name than those that were written, and a copy would tell."""
+    if pa.types.is_list(kind):
+        return pa.list_(_as_written(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([f.with_type(_as_written(f.type)) for f in kind])
+    return kind
 
 
 @dataclass
