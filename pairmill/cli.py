@@ -18,6 +18,7 @@ from pairmill import __version__
 from pairmill.commands import versions
 from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, Wait, print_json, shown
 from pairmill.commands.forget import forget
+from pairmill.commands.verify import verify
 from pairmill.errors import ConfigError, PairmillError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ app.command()(versions.diff)
 app.command()(versions.rollback)
 app.command()(versions.vacuum)
 app.command()(forget)
+app.command()(verify)
 
 
 class TableFormat(str, Enum):

@@ -37,6 +37,9 @@ CHECKSUM_DIGITS = 32
 """Hex digits of the sha256 in a file's name: 128 bits."""
 ENDING = ".parquet"
 
+_FORMAT = pads.ParquetFileFormat(
+    default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
 _PARTITIONING = pads.partitioning(pa.schema([fields.SHARD]), flavor="hive")
 
 
@@ -228,12 +231,15 @@ def sync_folder(folder: str) -> None:
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How a table's files are written: image bytes plain (they are compressed already), the rest zstd."""
+    """How a table's files are written: image bytes plain (they are compressed already), the rest zstd. Each page has a
+    checksum, which our readers check: without it, nine of ten flipped bits were read as other values
+    (benchmarks/page_checksums.py says what it costs)."""
     bulky = [f.name for f in schema if pa.types.is_binary(f.type)]
     if bulky:
         slim = [f.name for f in schema if f.name not in bulky and not pa.types.is_nested(f.type)]
-        return {"compression": "none", "use_dictionary": False, "write_statistics": slim}
-    return {"compression": "zstd", "compression_level": 1}
+        plain = {"compression": "none", "use_dictionary": False, "write_statistics": slim}
+        return {**plain, "write_page_checksum": True}
+    return {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
 
 
 def existing_file(dataset: Dataset, table: str, shard: int, name: str) -> DataFile | None:
@@ -294,7 +300,7 @@ def _scanner(dataset: Dataset, files: Sequence[DataFile], schema: pa.Schema, col
     source = pads.dataset(
         [f.path for f in files],
         schema=wanted,
-        format="parquet",
+        format=_FORMAT,
         filesystem=None if dataset.local else pafs.PyFileSystem(_Known(dataset, files)),
         partitioning=_PARTITIONING,
     )
@@ -318,7 +324,7 @@ def _reading(dataset: Dataset) -> Iterator[None]:
     with storage.explained(f"cannot read the dataset {dataset.url}"):
         try:
             yield
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise StoreError(
                 f"cannot read the dataset {dataset.url}: {error}; a file is damaged or missing: "
                 f"`pairmill verify {dataset.url} --repair` says which one, and mends what can be mended"
@@ -355,7 +361,7 @@ def without_rows(
 def _row_groups(dataset: Dataset, file: DataFile, schema: pa.Schema) -> Iterator[pa.Table]:
     try:
         with dataset.fs.open(file.path, "rb") as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = pq.ParquetFile(opened, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group)
                 columns = [
@@ -363,5 +369,7 @@ def _row_groups(dataset: Dataset, file: DataFile, schema: pa.Schema) -> Iterator
                     for f in schema
                 ]
                 yield pa.table(columns, schema=schema)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise StoreError(f"cannot read {file.path}: {error}; `pairmill verify` says more") from error
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(
+            f"cannot read {file.path}: {error}; `pairmill verify {dataset.url} --repair` mends what can be mended"
+        ) from error

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import posixpath
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,9 @@ _ACTIONS = "pairmill.actions"
 
 _REMOVALS = "removals"
 """The application whose transactions count the commits that took files out of a table."""
+
+_COMPUTED = re.compile(r"ledger|.+-[0-9a-f]{8}")
+"""Tables whose rows the next run computes again when they are lacking: the ledger, and those of stages."""
 
 COMPACT_AT = 64
 """Files of a record table that are put together into one."""
@@ -117,16 +121,29 @@ def set_torn_aside(dataset: Dataset, name: str) -> list[str]:
     """Rename commit records at the end of the log that are not whole, so that the next commit can take their place.
 
     Only for the holder of the lock. Returns their names. In object stores there are none: they show whole objects only.
+
+    Raises:
+        StoreError: a snapshot needs the version, or nothing can make again what the record said: then it is damage.
     """
     torn: list[str] = []
     if not dataset.local:
         return torn
-    for _, path in reversed(commit_records(dataset, name)):
+    for version, path in reversed(commit_records(dataset, name)):
         if is_whole(dataset, path):
             break
+        if version > 0 and (not _COMPUTED.fullmatch(name) or version <= _newest_needed(dataset, name)):
+            raise StoreError(
+                f"the log of the table {name} in {dataset.url} is damaged: the record of version {version} is not "
+                f"whole; `pairmill verify {dataset.url} --repair` mends it"
+            )
         dataset.fs.mv(path, f"{path}{TORN}")
         torn.append(posixpath.basename(path))
     return torn
+
+
+def _newest_needed(dataset: Dataset, name: str) -> int:
+    """The newest version of a table that a published snapshot names; -1 without any."""
+    return max((record.tables.get(name, -1) for record in dataset.snapshots()), default=-1)
 
 
 def list_files(dataset: Dataset, table: str, delta: DeltaTable) -> list[DataFile]:
@@ -344,6 +361,11 @@ class Records(_Delta):
     def replace(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Put these records in the place of all there are, all at once. Returns the version of the table."""
         return self._put(pa.Table.from_pylist(list(rows), schema=self.schema), None, self.files())
+
+    def remove(self, files: Sequence[DataFile], transaction: tuple[str, int] | None = None) -> int:
+        """Take files out, all at once: damaged ones. With a `transaction`, higher versions of its application count as
+        not committed. Returns the version of the table."""
+        return self._commit([], files, transaction, undo=True)
 
     def _put(self, rows: pa.Table, transaction: tuple[str, int] | None, remove: Sequence[DataFile] = ()) -> int:
         present = [] if remove else self.files()
