@@ -672,6 +672,25 @@ def test_an_image_that_was_taken_down_is_refused_under_every_url(tmp_path: Path)
     assert check_absence(dataset(tmp_path), Selectors(), Silent()).absent
 
 
+def test_the_funnel_and_its_texts_are_those_of_a_dataset_that_never_had_the_pairs(tmp_path: Path):
+    """Of pairs that no other pair duplicates; a captioner's texts are counted by source."""
+    with_all, without = tmp_path / "with", tmp_path / "without"
+    with_all.mkdir()
+    without.mkdir()
+    said = [f"so {text}" for text in TEXTS]
+    path = write_urls(with_all / "urls.parquet", said)
+    gone = [i for i in range(5, COUNT, 13) if i not in (9, 109, 209)]
+    rows = pq.read_table(path)
+    pq.write_table(rows.take([i for i in range(COUNT) if i not in gone]), without / "urls.parquet")
+    for root in (with_all, without):
+        refresh(config(root, root / "urls.parquet", recipe="tests.mixing_steps:recipe"), Silent())
+    forget(dataset(with_all), Selectors.of(uids=[pair_uid(URLS[i], said[i]) for i in gone]), Silent())
+    after, expected = dataset(with_all).snapshot().record, dataset(without).snapshot().record
+    assert any(entry.get("texts") for entry in expected.funnel)
+    assert after.funnel == expected.funnel and after.reasons == expected.reasons
+    check_funnel(after)
+
+
 # -- proof ------------------------------------------------------------------------------------------------------------
 
 
