@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairmill.report.progress import Reporter
-from pairmill.sources import read, source_identity
+from pairmill.seen import SeenFiles
+from pairmill.sources import read, source_files
 from pairmill.store import PAIRS_TABLE, DataFile, Dataset, read_files
 from pairmill.tombstones import Tombstones
 from schemas import fields
@@ -22,12 +19,6 @@ from schemas.config import RunConfig, Source
 
 BUFFERED_SHARDS = 100
 """New pairs are gathered up to so many shards, so that pairs with the same URL come into the same shard."""
-
-
-SEEN = "_sources.json"
-"""A note beside the tables: which source files were read to their end, so that the same files need not be read again.
-It holds for one version of the pairs table, so whatever takes pairs out makes it void; it may be deleted at any
-time."""
 
 
 @dataclass
@@ -65,32 +56,24 @@ def pairs_file(refresh: int, rows: pa.Table) -> str:
 def admit(config: RunConfig, dataset: Dataset, reporter: Reporter, *, dry_run: bool = False) -> Admission:
     """Read the sources and commit their new pairs, all at once, as new shards.
 
-    A source whose files are as they were when they were read last is not read again. With `dry_run` nothing is
-    written: the result says what would be admitted.
+    A file that is as it was when it was read last is not read again. With `dry_run` nothing is written: the result says
+    what would be admitted.
 
     Raises:
         SourceError: a source cannot be read at all.
     """
     table = dataset.table(PAIRS_TABLE, fields.PAIRS)
     admission = Admission()
-    tombstones = Tombstones.load(dataset)
-    seen = _SeenSources(dataset, table.version(), tombstones.version)
-    unread = []
-    for position, source in enumerate(config.source):
-        rows = seen.rows(source)
-        if rows is None:
-            unread.append((position, source))
-        else:
-            admission.known += rows
-            reporter.note(f"{source.path} is as it was when it was read: {rows} rows")
+    seen = SeenFiles(dataset, table.version())
+    unread = _unread(config.source, seen, admission, reporter)
     if not unread:
         return admission
     stored = read_files(dataset, table.files(), fields.PAIRS, ["uid", "refresh", "shard"])
     known = set(map(bytes.fromhex, stored.column("uid").to_pylist()))
     refresh = (pc.max(stored.column("refresh")).as_py() or 0) + 1
     shard = _next_shard(stored.column("shard"))
-    counts: list[tuple[Source, int]] = []
-    for rows in _shards(_new_rows(unread, known, refresh, admission, tombstones, counts, reporter), config.shard_size):
+    new = _new_rows(unread, known, refresh, admission, Tombstones.load(dataset), seen, reporter)
+    for rows in _shards(new, config.shard_size):
         if not dry_run:
             with table.writer(shard, pairs_file(refresh, rows)) as writer:
                 writer.write(rows)
@@ -99,8 +82,26 @@ def admit(config: RunConfig, dataset: Dataset, reporter: Reporter, *, dry_run: b
     if admission.files:
         table.commit(admission.files, transaction=("admit", refresh))
     if not dry_run:
-        seen.remember(counts, table.version())
+        seen.save(table.version())
     return admission
+
+
+def _unread(sources: Sequence[Source], seen: SeenFiles, admission: Admission, reporter: Reporter) -> list[_File]:
+    """The files that are new or not as they were; the rows of the others count as known."""
+    unread = []
+    for position, source in enumerate(sources):
+        files = source_files(source)
+        unchanged = 0
+        for file, identity in files:
+            rows = seen.rows(file, identity)
+            if rows is None:
+                unread.append(_File(f"{source.kind}:{position}", file, identity))
+            else:
+                unchanged += 1
+                admission.known += rows
+        if unchanged:
+            reporter.note(f"{source.path}: {unchanged} of {len(files)} files are as they were")
+    return unread
 
 
 def _next_shard(shards: pa.ChunkedArray) -> int:
@@ -108,71 +109,32 @@ def _next_shard(shards: pa.ChunkedArray) -> int:
     return 0 if last is None else last + 1
 
 
-class _SeenSources:
-    """Which sources were read, told by the names, sizes and times of their files."""
+@dataclass(frozen=True)
+class _File:
+    """A file of a source, to be read."""
 
-    def __init__(self, dataset: Dataset, pairs: int, tombstones: int) -> None:
-        self._dataset = dataset
-        self._path = dataset.path(SEEN)
-        self._tombstones = tombstones
-        self._known: dict[str, dict[str, Any]] = {}
-        self._identities: dict[str, str | None] = {}
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(dataset.fs.cat_file(self._path))
-            if (found.get("pairs"), found.get("tombstones")) == (pairs, tombstones):
-                self._known = found["sources"]
-
-    def _identity(self, source: Source) -> str | None:
-        """Before the source is read: a file that changes while it is read is read again next time."""
-        key = self._key(source)
-        if key not in self._identities:
-            self._identities[key] = source_identity(source)
-        return self._identities[key]
-
-    @staticmethod
-    def _key(source: Source) -> str:
-        return hashlib.sha256(source.model_dump_json().encode()).hexdigest()
-
-    def rows(self, source: Source) -> int | None:
-        """How many rows it had, if it is as it was; else None."""
-        entry = self._known.get(self._key(source))
-        identity = self._identity(source)
-        return entry["rows"] if entry and identity is not None and entry["identity"] == identity else None
-
-    def remember(self, counts: Sequence[tuple[Source, int]], pairs: int) -> None:
-        """All rows of these sources are in this version of the pairs table."""
-        entries = dict(self._known)
-        for source, rows in counts:
-            if (identity := self._identity(source)) is not None:
-                entries[self._key(source)] = {"identity": identity, "rows": rows}
-        text = json.dumps({"pairs": pairs, "tombstones": self._tombstones, "sources": entries}, sort_keys=True).encode()
-        if self._dataset.local:
-            temporary = f"{self._path}.{os.getpid()}.tmp"
-            with contextlib.suppress(OSError):  # it only saves time
-                with open(temporary, "wb") as file:
-                    file.write(text)
-                os.replace(temporary, self._path)
-        else:
-            with contextlib.suppress(OSError):
-                self._dataset.fs.pipe_file(self._path, text)
+    label: str
+    """The source's kind and position."""
+    source: Source
+    """As a source of its own."""
+    identity: str | None
 
 
 def _new_rows(
-    sources: Iterable[tuple[int, Source]],
+    files: Iterable[_File],
     known: set[bytes],
     refresh: int,
     admission: Admission,
     tombstones: Tombstones,
-    counts: list[tuple[Source, int]],
+    seen_files: SeenFiles,
     reporter: Reporter,
 ) -> Iterator[pa.Table]:
-    """Rows of all sources that are in no shard yet, as tables of `schemas.fields.PAIRS`."""
+    """Rows of all files that are in no shard yet, as tables of `schemas.fields.PAIRS`."""
     seen: set[bytes] = set()
-    for position, source in sources:
-        label = f"{source.kind}:{position}"
-        reporter.note(f"reading {source.path}")
+    for file in files:
+        reporter.note(f"reading {file.source.path}")
         before = admission.rows
-        for rows in read(source):
+        for rows in read(file.source):
             uids, keep = [], []
             for url, text, reason in zip(*(rows.column(c).to_pylist() for c in ("url", "text", "reason")), strict=True):
                 digest = hashlib.sha256(f"{url or ''}\n{text or ''}".encode())
@@ -196,12 +158,12 @@ def _new_rows(
             fresh = rows.filter(pa.array(keep, pa.bool_()))
             columns = {
                 "uid": pa.array(uids, pa.string()),
-                "source": pa.array([label] * len(uids), pa.string()),
+                "source": pa.array([file.label] * len(uids), pa.string()),
                 "refresh": pa.array([refresh] * len(uids), pa.int32()),
                 **{name: fresh.column(name) for name in fresh.column_names},
             }
             yield pa.table({f.name: columns[f.name] for f in fields.PAIRS}, schema=fields.PAIRS)
-        counts.append((source, admission.rows - before))
+        seen_files.add(file.source, file.identity, admission.rows - before)
 
 
 def _shards(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:

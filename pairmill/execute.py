@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -70,16 +70,19 @@ class _Part:
         self._files = list(files)
         self._new: list[pa.Table] = []
         self._stored: dict[str, pa.ChunkedArray] = {}
-        uid = self._load("uid")
+        self.load(("uid", "reason", "detail"))
+        uid = self._stored["uid"]
         found = pc.index_in(base_uid, value_set=uid).fill_null(-1) if len(uid) else None
         self.position = found.to_numpy() if found is not None else np.full(len(base_uid), -1, np.int64)
         self.position = self.position.astype(np.int64, copy=True)
         self._rows = len(uid)
 
-    def _load(self, name: str) -> pa.ChunkedArray:
-        if name not in self._stored:
-            self._stored[name] = read_files(self._dataset, self._files, self._schema, [name]).column(name)
-        return self._stored[name]
+    def load(self, names: Iterable[str]) -> None:
+        """Read these columns, those that are not there yet, in one go: opening files costs more than reading them."""
+        missing = [name for name in dict.fromkeys(names) if name not in self._stored]
+        if missing:
+            rows = read_files(self._dataset, self._files, self._schema, missing)
+            self._stored |= {name: rows.column(name) for name in missing}
 
     def append(self, rows: np.ndarray, table: pa.Table) -> None:
         """Add computed rows, which belong to these rows of the base."""
@@ -89,7 +92,8 @@ class _Part:
 
     def take(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
         """A column for some rows of the base; null where the table has none."""
-        stored = self._load(name)
+        self.load((name,))
+        stored = self._stored[name]
         chunks = [*stored.chunks, *(chunk for table in self._new for chunk in table.column(name).chunks)]
         column = pa.chunked_array(chunks, type=stored.type)
         index = self.position[rows]
@@ -105,7 +109,8 @@ class Frame:
         self._files = {table: list(found) for table, found in files.items()}
         self._parts: dict[str, _Part] = {}
         self._pairs: dict[str, pa.ChunkedArray] = {}
-        self.uid = self.pairs_column("uid")
+        self._load_pairs(("uid", "reason", "detail", "refresh", "shard"))
+        self.uid = self._pairs["uid"]
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -118,11 +123,15 @@ class Frame:
         """How often files were taken out of a table."""
         return self._dataset.table(table, table_schema(self._plan, table)).removals()
 
+    def _load_pairs(self, names: Iterable[str]) -> None:
+        missing = [name for name in dict.fromkeys(names) if name not in self._pairs]
+        if missing:
+            rows = read_files(self._dataset, self._files.get(PAIRS_TABLE, []), fields.PAIRS, missing)
+            self._pairs |= {name: rows.column(name) for name in missing}
+
     def pairs_column(self, name: str) -> pa.ChunkedArray:
         """A column of the pairs table, whole."""
-        if name not in self._pairs:
-            files = self._files.get(PAIRS_TABLE, [])
-            self._pairs[name] = read_files(self._dataset, files, fields.PAIRS, [name]).column(name)
+        self._load_pairs((name,))
         return self._pairs[name]
 
     def part(self, table: str) -> _Part:
@@ -150,6 +159,13 @@ class Frame:
     def table(self, names: Sequence[str], rows: np.ndarray) -> pa.Table:
         """Some columns, and ``uid`` first, for some rows."""
         wanted = list(dict.fromkeys(("uid", *names)))
+        self._load_pairs(name for name in wanted if name in PAIR_COLUMNS)
+        by_table: dict[str, list[str]] = {}
+        for name in wanted:
+            if name not in PAIR_COLUMNS:
+                by_table.setdefault(self._plan.columns[name], []).append(name)
+        for table, columns in by_table.items():
+            self.part(table).load(columns)
         return pa.table({name: self.column(name, rows) for name in wanted})
 
 
@@ -614,11 +630,13 @@ def units_to_do(plan: Plan, segment: int, frame: Frame) -> Iterator[Unit]:
     """One unit for each shard that has rows to compute in a segment of map stages."""
     steps = plan.segments[segment].steps
     first = steps[0].index
-    before = replay(plan, frame, first)
     todo = np.zeros(len(frame), bool)
     for index, rows in replay(plan, frame, steps[-1].index + 1).todo.items():
         if index >= first:
             todo[rows] = True
+    if not todo.any():
+        return iter(())
+    before = replay(plan, frame, first)
     wanted = (PAIRS_TABLE, *plan.tables[: sum(s.table is not None for s in plan.steps[: steps[-1].index + 1])])
     return units_of(frame, wanted, before.live, todo)
 
@@ -627,7 +645,7 @@ def units_of(frame: Frame, tables: Sequence[str], live: np.ndarray, todo: np.nda
     """One unit for each shard with a row in `todo`, with the files of `tables` and who of its rows is live."""
     shards = frame.pairs_column("shard").to_numpy()
     by_shard: dict[int, dict[str, list[dict[str, Any]]]] = {}
-    removals = {table: frame.removals(table) for table in tables} if todo.any() else {}
+    removals = {table: frame.removals(table) for table in tables}
     for table in sorted(tables):
         for file in frame.files(table):
             by_shard.setdefault(file.shard, {}).setdefault(table, []).append(asdict(file))

@@ -39,7 +39,7 @@ from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan, model_identit
 from pairmill.planning import PlanReport, make_plan
 from pairmill.report.progress import Reporter
 from pairmill.stage import ErrorBudget, GlobalStage
-from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, set_torn_aside, write_if_new
+from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, content_digest, set_torn_aside
 from schemas import fields
 from schemas.config import RunConfig
 from schemas.reasons import DEFERRED_VALUES, Status
@@ -197,10 +197,14 @@ class _Refresh:
         with _LazyEngine(self.config) as engine:
             if revisit is not None:
                 self._revisit(engine, revisit)
-            self._segments(engine)
+            frame = self._frame()
+            state = replay(self.plan, frame)
+            if state.pending.any():
+                self._segments(engine)
         takedown.finish(self.dataset, self.reporter)  # what was taken down meanwhile is not published
-        frame = self._frame()
-        state = replay(self.plan, frame)
+        if self._frame() is not frame:
+            frame = self._frame()
+            state = replay(self.plan, frame)
         if state.pending.any():
             raise ContractError(f"{int(state.pending.sum())} rows are still pending after all steps ran")
         snapshot, published = self._publish(frame, state, begin)
@@ -359,7 +363,7 @@ class _Refresh:
         """One file for each shard, named by its content, committed together; with `replace`, in the place of those
         that the shard has. Shards whose file is there already are left alone."""
         table = self.dataset.table(name, schema)
-        present = {(f.shard, f.checksum) for f in table.files()}
+        present = {f.relative.rpartition("-")[0] for f in table.files()}  # without the checksum
         files, touched = [], []
         order = pc.sort_indices(
             pa.table({"shard": shards, "uid": rows.column("uid")}),
@@ -368,9 +372,12 @@ class _Refresh:
         rows, shards = rows.take(order), shards[order.to_numpy()]
         numbers, starts = np.unique(shards, return_index=True)
         for shard, start, end in zip(numbers.tolist(), starts, [*starts[1:], len(shards)], strict=True):
-            file = write_if_new(self.dataset, name, schema, shard, what, rows.slice(start, end - start), present)
-            if file is not None:
-                files.append(file)
+            part = rows.slice(start, end - start)
+            file = f"{what}-{content_digest(part)}"
+            if f"shard={shard}/{file}" not in present:
+                with table.writer(shard, file) as writer:
+                    writer.write(part)
+                    files.append(writer.close())
                 touched.append(shard)
         if files:
             table.commit(files, replace=touched if replace else ())

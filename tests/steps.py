@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +30,10 @@ from schemas.reasons import Reason
 
 @dataclass(frozen=True)
 class CountWords(Stage):
-    """Writes `words`; a text with the word `poison` cannot be counted, one with `abort` kills its process."""
+    """Writes `words`; a text with the word `poison` cannot be counted, one with `abort` kills its process, one with
+    `oomkilled` is killed as by the kernel that is out of memory, and one with `balloon` asks for more than there is."""
 
+    pause_s: float = field(default=0.0, compare=False, metadata={"identity": False})
     log: str | None = field(default=None, compare=False, metadata={"identity": False})
     resources: Resources = field(default=Resources(rows=64), compare=False, metadata={"identity": False})
     name = "words"
@@ -41,13 +46,28 @@ class CountWords(Stage):
             if self.log:
                 with open(self.log, "a", encoding="utf-8") as log:
                     log.writelines(f"{uid}\n" for uid in batch.pylist("uid"))
+            time.sleep(self.pause_s)
             if any("abort" in t for t in texts):
                 os._exit(139)
+            if any("oomkilled" in t for t in texts):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if any("balloon" in t for t in texts):
+                _ask_for_too_much()
             if any("poison" in t for t in texts):
                 raise ValueError("a poisoned text")
             return pa.table({"words": pa.array([len(t.split()) for t in texts], pa.int32())})
 
         return count
+
+
+def _ask_for_too_much() -> None:
+    """Fails with a real MemoryError: the address space is limited while it asks."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, limits[1]))
+    try:
+        bytearray(2**40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,9 @@ def recipe(config: RunConfig) -> Recipe:
     """words, at least N, chars, no repeated text, rank."""
     options = config.options
     rows = options.get("rows")
-    words = CountWords(log=options.get("log"), **({"resources": Resources(rows=rows)} if rows else {}))
+    words = CountWords(
+        options.get("pause_s", 0.0), options.get("log"), **({"resources": Resources(rows=rows)} if rows else {})
+    )
     chars = CountChars(options.get("scale", 1), **({"resources": Resources(rows=rows, actor=True)} if rows else {}))
     return Recipe("steps", (words, AtLeast(options.get("words", 3)), chars, SameText(), RankChars()))
 

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pairmill import retry
-from pairmill.admission import SEEN
 from pairmill.errors import ConfigError
 from pairmill.procedural.web import Kind, ProceduralWeb
 from pairmill.query import query
 from pairmill.report.progress import Silent
 from pairmill.run import load_config, plan, refresh
+from pairmill.seen import SEEN
 from pairmill.store import Dataset
 from schemas.config import Retry
 from tests.steps import config, texts, write_urls
@@ -38,7 +38,7 @@ def test_a_source_that_did_not_change_is_not_read_again(tmp_path: Path):
     refresh(run, Silent())
     lines = Lines()
     report = refresh(run, lines)
-    assert any("is as it was" in line for line in lines.lines)
+    assert any("files are as they were" in line for line in lines.lines)
     assert (report.known, report.admitted_new, report.published) == (50, 0, False)
     rows = pq.read_table(table)
     pq.write_table(pa.concat_tables([rows, pa.table({"url": ["http://new.example/1"], "text": ["a b c d"]})]), table)
@@ -46,6 +46,23 @@ def test_a_source_that_did_not_change_is_not_read_again(tmp_path: Path):
     assert (report.known, report.admitted_new) == (50, 1)
     Dataset(run.dataset).fs.rm(Dataset(run.dataset).path(SEEN))
     assert refresh(run, Silent()).known == 51, "the note only saves time"
+
+
+def test_of_a_list_in_several_files_only_those_that_changed_are_read(tmp_path: Path):
+    (tmp_path / "lists").mkdir()
+    for name, start in (("a", 0), ("b", 20)):
+        rows = {
+            "url": [f"http://a.example/{i}" for i in range(start, start + 20)],
+            "text": texts(40)[start : start + 20],
+        }
+        pq.write_table(pa.table(rows), tmp_path / "lists" / f"{name}.parquet")
+    run = config(tmp_path, tmp_path / "lists" / "*.parquet")
+    first = refresh(run, Silent())
+    pq.write_table(pa.table({"url": ["http://a.example/x"], "text": ["a b c d"]}), tmp_path / "lists" / "a.parquet")
+    lines = Lines()
+    report = refresh(run, lines)
+    assert (report.admitted_new, report.known) == (1, 20) and first.admitted_new == 40
+    assert [line.rpartition("/")[2] for line in lines.lines if line.startswith("reading")] == ["a.parquet"]
 
 
 def test_reordered_and_replaced_lists_admit_only_what_is_new(tmp_path: Path):
@@ -147,8 +164,8 @@ def test_a_changed_image_becomes_a_new_one_with_history_and_only_it_is_measured_
     with ProceduralWeb(120, seed=5, hang_s=3) as web:
         web.write(tmp_path)
         run = load_config(str(main_config(tmp_path, keep={"clip_score": None}, dedup={"semantic": 0.9})))
+        refresh(run, Silent())
         with pytest.raises(ConfigError, match="no SQL condition"):
-            refresh(run, Silent())
             refresh(run, Silent(), revisit="nonsense >")
         dataset = Dataset(run.dataset)
         old = {r["uid"]: r for r in query(dataset.snapshot(), "SELECT uid, sha256, clip_score FROM pairs").to_pylist()}

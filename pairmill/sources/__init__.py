@@ -37,16 +37,22 @@ def read(source: config.Source) -> Iterator[pa.Table]:
     return read_img2dataset_parquet(source)
 
 
-def source_identity(source: config.Source) -> str | None:
-    """What tells whether the files of a source are as they were: a hash of their names, sizes, times and, on object
-    stores, ETags. None where nothing can tell (web addresses, folders of images with files beside them)."""
+def source_files(source: config.Source) -> list[tuple[config.Source, str | None]]:
+    """The files of a source, each as a source of its own, in the order in which `read` takes them; and what tells
+    whether a file is as it was: a hash of its name, size, times and, on object stores, ETag. None where nothing can
+    tell (web addresses, folders of images with files beside them).
+
+    Raises:
+        SourceError: there is no such file.
+    """
     if source.kind == "image_folder":
-        return None
+        return [(source, None)]
     from pairmill.sources import url_table, webdataset
-    from pairmill.sources.files import identity
+    from pairmill.sources.files import identities
 
     endings = {"url_table": url_table.ENDINGS, "webdataset": webdataset.ENDINGS}.get(source.kind, (".parquet",))
-    return identity(source.path, endings, source.kind)
+    found = identities(source.path, endings, source.kind)
+    return [(source.model_copy(update={"path": name}), identity) for name, identity in found]
 
 
 def download_stage(download: config.Download) -> Stage:

@@ -63,27 +63,30 @@ def find(path: str, endings: Sequence[str], what: str) -> list[SourceFile]:
     return [SourceFile(name) for name in sorted(names)]
 
 
-def identity(path: str, endings: Sequence[str], what: str) -> str | None:
-    """A hash of the names, sizes and times of the files that `path` means; None where nothing tells whether a file is
-    as it was.
+def identities(path: str, endings: Sequence[str], what: str) -> list[tuple[str, str | None]]:
+    """The files that `path` means, as `find` has them, and a hash of the name, size and times of each; None where
+    nothing tells whether a file is as it was.
 
     Raises:
         SourceError: there is no such file.
     """
     fs, _ = _filesystem(path, what)
-    told = []
-    for file in find(path, endings, what):
-        if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
-            state = os.stat(file.name)
-            told.append([file.name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino])
-        elif _is_web(path):
+    local = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+    return [(file.name, _identity(fs, local, file.name)) for file in find(path, endings, what)]
+
+
+def _identity(fs: Any, local: bool, name: str) -> str | None:
+    if local:
+        state = os.stat(name)
+        told = [name, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    elif _is_web(name):
+        return None
+    else:
+        info = fs.info(name)
+        mark = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("updated")
+        if mark is None:
             return None
-        else:
-            info = fs.info(file.name)
-            mark = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("updated")
-            if mark is None:
-                return None
-            told.append([file.name, info.get("size"), str(mark)])
+        told = [name, info.get("size"), str(mark)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -220,6 +220,25 @@ def write_if_new(
         return writer.close()
 
 
+def content_digest(rows: pa.Table) -> str:
+    """16 hex digits that name rows by their values and types, in their order; far quicker than writing them as Parquet.
+
+    Equal values may in rare cases get different digests (by what lies unseen under nulls): good for finding out that
+    nothing changed, not for more.
+    """
+    columns = []
+    for column in rows.columns:
+        if pa.types.is_primitive(column.type) and column.null_count:
+            columns.append(column.is_null())
+            column = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
+        columns.append(column)
+    plain = pa.Table.from_arrays(columns, names=[str(i) for i in range(len(columns))]).combine_chunks()
+    sink = _Hashing(io.BytesIO())
+    with pa.ipc.new_stream(sink, plain.schema) as stream:
+        stream.write_table(plain)
+    return sink.digest.hexdigest()[:16]
+
+
 def sync_folder(folder: str) -> None:
     """Make new names in a local folder last through a loss of power."""
     with contextlib.suppress(OSError):  # some file systems have no such thing
