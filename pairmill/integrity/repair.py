@@ -29,6 +29,7 @@ from pairmill.integrity.logs import LAST_CHECKPOINT, LOG, PUBLISH, LogProblem, M
 from pairmill.plan import Plan, compile_plan
 from pairmill.report.progress import Reporter
 from pairmill.run import load_config, load_recipe, refresh
+from pairmill.seen import SEEN
 from pairmill.store import (
     HISTORY_TABLE,
     LEDGER_TABLE,
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
 MAY_DIFFER = frozenset({fields.IMAGE.name, fields.CAPTIONS.name})
 """Columns that come out differently when they are made again: images are fetched anew, captioners may answer otherwise.
 What was measured of them has to go with them."""
-
-SEEN = "_sources.json"
-"""The note of which sources were read; without it the next run reads them again (`pairmill.seen`)."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ class _Repair:
             examination, found = self._examine()
         if any(f.current and f.version is None for f in found.damage):
             self._take_out(examination, found)
-        elif any(f.current and (f.version is not None or f.table == SNAPSHOTS_TABLE) for f in before.damage):
-            self.todo = True  # a mended log may have lost rows, and the last snapshot its record
+        else:
+            self.todo = True  # a mended log may have lost rows; a repair that was killed may have taken some out
             self.plan = self._recorded(examination, required=False)
         return before
 

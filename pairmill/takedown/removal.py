@@ -27,9 +27,10 @@ import json
 import os
 import posixpath
 import secrets
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,15 +44,18 @@ from pairmill.execute import counted
 from pairmill.export.registry import KnownExport, known_exports
 from pairmill.export.takedown import Reach, Removal, remove_from_exports
 from pairmill.report.progress import Reporter
+from pairmill.seen import SeenFiles
 from pairmill.stage import KEPT
 from pairmill.store import (
     LEDGER_TABLE,
+    PAIRS_TABLE,
     REWRITES,
     REWRITES_TABLE,
     DataFile,
     Dataset,
     ShardWriter,
     Snapshot,
+    content_digest,
     read_files,
     set_torn_aside,
 )
@@ -316,6 +320,7 @@ class _Takedown:
         self.reporter = reporter
         self.wait_s = wait_s
         self.begin = time.monotonic()
+        self.locks: dict[int, threading.Lock] = {}
 
     def carry_out(self) -> TakedownReport:
         """Do all of it, in the order that the module says."""
@@ -380,6 +385,8 @@ class _Takedown:
             for place in places
             if place.file.relative in inventory.needed(table)
         ]
+        # two versions of a ledger may have the same rest, and so the same file
+        self.locks = {place.file.shard: threading.Lock() for _, place in todo}
         replaced = []
         self.reporter.start("rewriting files", len(todo))
         with ThreadPoolExecutor(_WRITERS) as pool:
@@ -399,12 +406,19 @@ class _Takedown:
                 parquet = pq.ParquetFile(opened)
                 if parquet.metadata.num_rows == place.rows:
                     return _Replaced(table, file, None)
-                with ShardWriter(dataset, table, schema, file.shard, name) as writer:
-                    if columns.stores_images:
-                        for group in range(parquet.num_row_groups):
-                            writer.write(without(_plain(parquet.read_row_group(group), schema), columns, uids))
-                    else:  # at once, so that the bytes are those of a file that never had the pairs
-                        writer.write(without(_plain(parquet.read(), schema), columns, uids))
+                if columns.stores_images:
+                    parts: Iterator[pa.Table] = map(parquet.read_row_group, range(parquet.num_row_groups))
+                else:  # at once, so that the bytes are those of a file that never had the pairs
+                    parts = iter([parquet.read()])
+                left: Iterator[pa.Table] = (without(_plain(rows, schema), columns, uids) for rows in parts)
+                if (
+                    table == LEDGER_TABLE
+                ):  # under the name that a run gives to what is left, so it need not write it again
+                    rows = next(left).combine_chunks()
+                    left, name = iter([rows]), f"ledger-{content_digest(rows)}"
+                with self.locks[file.shard], ShardWriter(dataset, table, schema, file.shard, name) as writer:
+                    for rows in left:
+                        writer.write(rows)
                     return _Replaced(table, file, writer.close())
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"cannot read {file.path}: {error}; `pairmill verify {dataset.url}` says more") from error
@@ -432,7 +446,11 @@ class _Takedown:
             if mine:
                 schema = inventory.columns[table].schema
                 new = [r.new for r in mine if r.new is not None]
-                self.dataset.table(table, schema).commit(new, remove=[r.old for r in mine])
+                stored = self.dataset.table(table, schema)
+                before = stored.version() if table == PAIRS_TABLE else -1
+                after = stored.commit(new, remove=[r.old for r in mine])
+                if table == PAIRS_TABLE:  # what is not here now is barred, so files that were read need not be again
+                    SeenFiles(self.dataset, before).save(after)
 
     def publish(self) -> int | None:
         """Publish what is left, unless the last snapshot is that already. Returns its number."""

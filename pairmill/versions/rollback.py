@@ -20,6 +20,7 @@ from pairmill.errors import StoreError
 from pairmill.execute import counted
 from pairmill.query import connect
 from pairmill.report.progress import Reporter, Silent
+from pairmill.seen import SEEN
 from pairmill.stage import KEPT
 from pairmill.store import (
     HISTORY_TABLE,
@@ -44,9 +45,6 @@ ROLLBACK = "_rollback.json"
 """Names the snapshot that is being rolled back to, and the number of the one to be published."""
 
 KIND = "rollback"
-
-SEEN_SOURCES = "_sources.json"
-"""Which source files were read: it says nothing once pairs are taken back."""
 
 _ALWAYS = (HISTORY_TABLE, LEDGER_TABLE)
 
@@ -313,7 +311,7 @@ def _note(snapshot_id: int) -> str:
 
 def _carry_out(dataset: Dataset, target: Snapshot, moves: Sequence[_Move], number: int, begin: float) -> SnapshotRecord:
     record = recounted(target)
-    seen = dataset.path(SEEN_SOURCES)
+    seen = dataset.path(SEEN)
     if dataset.fs.exists(seen):
         dataset.fs.rm(seen)
     for move in moves:

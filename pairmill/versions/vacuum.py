@@ -33,6 +33,7 @@ from pairmill.store import (
     Dataset,
     open_delta,
 )
+from pairmill.store.tables import TORN
 from pairmill.tombstones import Tombstones
 from pairmill.versions.history import stage_of
 from pairmill.versions.removal import remove_tables
@@ -53,7 +54,7 @@ _AT_ONCE = 1000
 """Files removed by one call: what object stores take."""
 
 _DATA = re.compile(r"(shard=\d+/)?[^/]+\.parquet")
-_TEMPORARY = re.compile(r".+\.tmp")
+_TEMPORARY = re.compile(rf".+(\.tmp|{re.escape(TORN)})")
 
 
 @dataclass(frozen=True)
