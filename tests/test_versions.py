@@ -22,11 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairmill.errors import ConfigError, DatasetLocked, StoreError
+from pairmill.integrity import examine
 from pairmill.query import query
 from pairmill.report.funnel import check_funnel
 from pairmill.report.progress import Silent
 from pairmill.run import refresh
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, Dataset, open_delta
+from pairmill.takedown import Selectors, forget
 from pairmill.tombstones import TOMBSTONES, TOMBSTONES_TABLE
 from pairmill.versions import By, diff, finish, recounted, rollback, table_bytes, vacuum, what_changed
 from pairmill.versions.vacuum import EXPIRED, LEFTOVER, ORPHAN, UNUSED, policy_of, retained
@@ -178,6 +180,27 @@ def test_what_was_taken_down_does_not_come_back_and_the_counts_say_so(tmp_path: 
     for table in (PAIRS_TABLE, LEDGER_TABLE, IMAGES, CLIP, CAPTIONS):
         rows = sum(f.rows for f in dataset.table(table, fields.PAIRS).files())
         assert rows == 5, table
+
+
+def test_after_a_real_takedown_the_old_snapshot_comes_back_without_the_pair_and_it_stays_out(tmp_path: Path):
+    dataset = grown(tmp_path)
+    gone = (
+        query(dataset.snapshot(1), "SELECT uid FROM pairs WHERE status = 'kept' ORDER BY uid").column("uid")[0].as_py()
+    )
+    assert forget(dataset, Selectors.of(uids=[gone]), Silent()).snapshot == 3
+    first = dataset.snapshot(1).record
+    record = rollback(dataset, 1).snapshot
+    assert record is not None and (record.id, record.admitted, record.kept) == (4, 199, first.kept - 1)
+    check_funnel(record)
+    table = write_urls(tmp_path / "urls.parquet", texts(200))
+    assert refresh(config(tmp_path, table), Silent()).computed == {}
+    assert read(dataset.snapshot()) == read(dataset.snapshot(4))
+    for snapshot in dataset.snapshots():
+        found = query(dataset.snapshot(snapshot.id), f"SELECT uid FROM pairs WHERE uid = '{gone}'")
+        assert found.num_rows == 0, snapshot.id
+    vacuum(dataset, Retention(snapshots=1), grace_hours=0)
+    assert refresh(config(tmp_path, table), Silent()).computed == {}
+    assert not examine(dataset, Silent()).damaged
 
 
 def test_the_funnel_of_texts_is_counted_again(tmp_path: Path):
@@ -391,6 +414,17 @@ def test_the_same_command_finishes_a_rollback(tmp_path: Path):
     assert finish(dataset, Silent()) is None
 
 
+def test_the_next_run_finishes_a_rollback_before_it_admits_anything(tmp_path: Path):
+    dataset = grown(tmp_path)
+    first = read(dataset.snapshot(1))
+    assert killed("rollback", 3, dataset) == [True]
+    table = write_urls(tmp_path / "urls.parquet", texts(200))
+    report = refresh(config(tmp_path, table), Silent())
+    assert not report.published and report.snapshot is not None
+    assert (report.snapshot.id, report.snapshot.kind, report.computed) == (3, "rollback", {})
+    assert read(dataset.snapshot()) == first
+
+
 def test_another_rollback_finishes_the_first_one_before(tmp_path: Path):
     dataset = two_models(tmp_path / "dataset")
     wanted = [read(dataset.snapshot(n)) for n in (1, 2)]
@@ -486,12 +520,13 @@ def test_young_files_that_nobody_names_stay_for_the_next_run(tmp_path: Path):
         root / IMAGES / "shard=1" / "part.77.tmp",
         root / "_work" / "0-0-0",
         root / "_sources.json.9.tmp",
+        root / IMAGES / "_delta_log" / "00000000000000000009.json.torn",
     ]
     others = [root / "notes.txt", root / IMAGES / "README", root / "_work.md"]
     for path in (*orphans, *others):
         path.write_bytes(b"xyz")
     waiting = vacuum(dataset)
-    assert (waiting.files, waiting.waiting_files, waiting.waiting_bytes) == (0, 5, 15)
+    assert (waiting.files, waiting.waiting_files, waiting.waiting_bytes) == (0, 6, 18)
     old = time.time() - 25 * 3600
     for path in (*orphans, *others):
         os.utime(path, (old, old))
@@ -499,7 +534,7 @@ def test_young_files_that_nobody_names_stay_for_the_next_run(tmp_path: Path):
     assert {(r.table, r.why, r.files) for r in report.removed} == {
         (CLIP, ORPHAN, 1),
         ("siglip-0000000c", ORPHAN, 1),
-        (IMAGES, LEFTOVER, 1),
+        (IMAGES, LEFTOVER, 2),
         ("_work", LEFTOVER, 1),
         ("", LEFTOVER, 1),
     }
