@@ -42,13 +42,6 @@ app = typer.Typer(
 )
 train = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train the models that the stages use.")
 app.add_typer(train, name="train")
-app.command()(versions.status)
-app.command()(versions.snapshots)
-app.command()(versions.diff)
-app.command()(versions.rollback)
-app.command()(versions.vacuum)
-app.command()(forget)
-app.command()(verify)
 
 
 class TableFormat(str, Enum):
@@ -192,6 +185,15 @@ def plan(
     refused = f" {report.taken_down:,} rows of the sources were taken down before." if report.taken_down else ""
     again = f" {report.retried:,} deferred pairs would be tried again." if report.retried else ""
     typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {shown(loaded.dataset)}.{again}{refused}")
+
+
+app.command()(versions.status)
+app.command()(versions.snapshots)
+app.command()(versions.diff)
+app.command()(versions.rollback)
+app.command()(versions.vacuum)
+app.command()(forget)
+app.command()(verify)
 
 
 @app.command()
