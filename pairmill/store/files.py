@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -221,22 +222,44 @@ def write_if_new(
 
 
 def content_digest(rows: pa.Table) -> str:
-    """16 hex digits that name rows by their values and types, in their order; far quicker than writing them as Parquet.
-
-    Equal values may in rare cases get different digests (by what lies unseen under nulls): good for finding out that
-    nothing changed, not for more.
-    """
-    columns = []
+    """16 hex digits that name rows by their values and types, in their order, however they lie in memory: those that
+    were read from a file have the digest of those that were written. Quicker than writing them as Parquet."""
+    digest = hashlib.sha256(b"%d" % rows.num_rows)
     for column in rows.columns:
-        if pa.types.is_primitive(column.type) and column.null_count:
-            columns.append(column.is_null())
-            column = column.fill_null(False if pa.types.is_boolean(column.type) else 0)
-        columns.append(column)
-    plain = pa.Table.from_arrays(columns, names=[str(i) for i in range(len(columns))]).combine_chunks()
-    sink = _Hashing(io.BytesIO())
-    with pa.ipc.new_stream(sink, plain.schema) as stream:
-        stream.write_table(plain)
-    return sink.digest.hexdigest()[:16]
+        _digest_values(digest, column.combine_chunks())
+    return digest.hexdigest()[:16]
+
+
+def _digest_values(digest: hashlib._Hash, values: pa.Array) -> None:
+    """Feed the values of an array: which are null, how long, and their bytes; nothing of what lies under nulls."""
+    kind = values.type
+    if values.null_count:
+        digest.update(np.packbits(values.is_null().to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_struct(kind):
+        digest.update(b"struct")
+        for child in values.flatten():  # with the nulls of the structs
+            _digest_values(digest, child)
+    elif pa.types.is_list(kind):
+        digest.update(b"list")
+        digest.update(pc.fill_null(pc.list_value_length(values), 0).to_numpy())
+        _digest_values(digest, values.flatten())
+    elif pa.types.is_string(kind):
+        digest.update(b"string")
+        known = pc.fill_null(values, "") if values.null_count else values
+        _, places, data = known.buffers()
+        if len(known):
+            offsets = np.frombuffer(places, np.int32, len(known) + 1, known.offset * 4)
+            digest.update((offsets - offsets[0]).tobytes())
+            if data is not None:
+                digest.update(memoryview(data)[offsets[0] : offsets[-1]])
+    elif pa.types.is_boolean(kind):
+        digest.update(b"bool")
+        digest.update(np.packbits(pc.fill_null(values, False).to_numpy(zero_copy_only=False)).tobytes())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        digest.update(str(kind).encode())
+        digest.update((pc.fill_null(values, 0) if values.null_count else values).to_numpy().tobytes())
+    else:  # of a stage of one's own
+        digest.update(repr((str(kind), values.to_pylist())).encode())
 
 
 def sync_folder(folder: str) -> None:

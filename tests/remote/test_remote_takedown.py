@@ -34,7 +34,9 @@ def fetched(url: str, folder: Path) -> Path:
 
 
 def test_a_takedown_in_an_object_store(s3: S3, bucket: str, tmp_path: Path, command: Command):  # noqa: F811
-    run = config(tmp_path, write_urls(tmp_path / "urls.parquet", TEXTS), dataset=f"s3://{bucket}/dataset", shard_size=60)
+    run = config(
+        tmp_path, write_urls(tmp_path / "urls.parquet", TEXTS), dataset=f"s3://{bucket}/dataset", shard_size=60
+    )
     refresh(run, Silent())
     refresh(run.model_copy(update={"options": {"words": 5}}), Silent())
     opened = Dataset(run.dataset)
