@@ -372,7 +372,6 @@ def test_the_next_run_has_nothing_to_do_but_for_duplicates_of_what_went(root: Pa
     assert len({*query(dataset(root).snapshot(), kept)["uid"].to_pylist()} & copies) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="admission: the transaction of an earlier refresh has the same number")
 def test_taking_down_a_whole_refresh_does_not_stop_the_next_one(root: Path):
     source = root / "urls.parquet"
     old = pq.read_table(source)

@@ -252,7 +252,7 @@ def resume(dataset: Dataset, reporter: Reporter, wait_s: float = 60.0) -> Takedo
     """
     _require(dataset)
     with dataset.lock(wait_s):
-        for name in dataset.tables():
+        for name in dataset.tables() if dataset.local else ():  # object stores show whole objects only
             set_torn_aside(dataset, name)
         return finish(dataset, reporter, wait_s)
 
@@ -411,9 +411,7 @@ class _Takedown:
                 else:  # at once, so that the bytes are those of a file that never had the pairs
                     parts = iter([parquet.read()])
                 left: Iterator[pa.Table] = (without(_plain(rows, schema), columns, uids) for rows in parts)
-                if (
-                    table == LEDGER_TABLE
-                ):  # under the name that a run gives to what is left, so it need not write it again
+                if table == LEDGER_TABLE:  # under the name that a run gives to the same rows
                     rows = next(left).combine_chunks()
                     left, name = iter([rows]), f"ledger-{content_digest(rows)}"
                 with self.locks[file.shard], ShardWriter(dataset, table, schema, file.shard, name) as writer:
