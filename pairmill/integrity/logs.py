@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pairmill.errors import StoreError
 from pairmill.integrity.findings import Kind
 from pairmill.store import (
+    LEDGER_TABLE,
     PAIRS_TABLE,
     SNAPSHOTS_TABLE,
     DataFile,
@@ -373,15 +374,34 @@ class Mender:
             self._facts[path] = fact(self._dataset, self._table, path)
         return self._facts[path]
 
+    def _remains(self, path: str) -> DataFile | None:
+        """What can be said of a damaged file: its size, and its rows where its footer can be read."""
+        full = self._dataset.path(self._table, path)
+        try:
+            size = int(self._dataset.fs.size(full))
+        except OSError:
+            return None
+        try:
+            with self._dataset.fs.open(full, "rb") as file:
+                rows = pq.read_metadata(file).num_rows
+        except (OSError, pa.ArrowException):
+            rows = 0
+        return DataFile(full, path, shard_in(path), rows, size)
+
     def _fill(self, adds: dict[str, dict[str, Any]], removes: list[str], before: set[str], free: set[str]) -> list[str]:
-        """Add the whole files that no record names. Returns the files that they stand in the place of: those with
-        equal rows. A pair is in one shard for ever, so of pairs only files with new rows are added."""
+        """Add the files that no record names. Returns the files that they stand in the place of: those with equal rows.
+        A pair is in one shard for ever, so of pairs only files with new rows are added. (A file gets its name when it
+        is whole, so one that is damaged was whole once.)"""
         gone: list[str] = []
         staying = {p for p in before - set(removes) if self._fact(p) is not None}
         pairs = self._table == PAIRS_TABLE
         known = {key for path in (*staying, *adds) for key in self._keys(path)} if pairs else set()
         for path in sorted(free - set(adds)):
             if self._fact(path) is None:
+                here = [p for p in (*before, *adds) if shard_in(p) == shard_in(path)]
+                if not (pairs and here):
+                    adds[path] = {}
+                    gone += [p for p in here if p in before] if self._table == LEDGER_TABLE else []
                 continue
             rows = self._keys(path)
             if pairs and rows & known:
@@ -488,7 +508,7 @@ class Mender:
         return found
 
     def _add(self, relative: str, action: Mapping[str, Any], moment: int) -> dict[str, Any]:
-        known = self._fact(relative)
+        known = self._fact(relative) or (None if "size" in action else self._remains(relative))
         stats = {"numRecords": known.rows} if known else _stats(action)
         shard = shard_in(relative)
         time = action.get("modificationTime")
