@@ -292,11 +292,16 @@ def explained(what: str) -> Iterator[None]:
     except PairmillError:
         raise
     except Exception as error:
-        reason = _reason(error)
-        if reason is None:
+        told = store_error(what, error)
+        if told is None:
             raise
-        kind, advice = reason
-        raise kind(f"{what}: {redact(str(error))}; {advice}") from None
+        raise told from None
+
+
+def store_error(what: str, error: Exception) -> StoreError | None:
+    """The error to raise in the place of one of a storage library; None for a defect of the code. See `explained`."""
+    reason = _reason(error)
+    return reason and reason[0](f"{what}: {redact(str(error))}; {reason[1]}")
 
 
 def _reason(error: Exception) -> tuple[type[StoreError], str] | None:
@@ -310,9 +315,10 @@ def _reason(error: Exception) -> tuple[type[StoreError], str] | None:
         )
     if isinstance(error, aws.ProfileNotFound):
         return StoreError, "AWS_PROFILE must name a profile of your AWS configuration files"
-    if isinstance(error, aws.EndpointConnectionError):
+    silent = re.search(r"\bConnect\b.*\berror\b", str(error), re.S)  # as delta-rs says it
+    if isinstance(error, aws.EndpointConnectionError) or (silent and isinstance(error, (DeltaError, OSError))):
         return StoreError, "is the store up, and AWS_ENDPOINT_URL right?"
-    if isinstance(error, (aws.ClientError, DeltaError)):
+    if isinstance(error, (aws.ClientError, DeltaError, OSError)):
         code = _code(error)
         if code in _UNKNOWN:
             return StoreError, "the store does not know these credentials, or no longer: check where they come from"

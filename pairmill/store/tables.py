@@ -71,10 +71,8 @@ def open_delta(dataset: Dataset, name: str, version: int | None = None) -> Delta
         return None
     except (DeltaError, OSError, ValueError) as error:
         if not dataset.local:  # objects are written whole or not at all: it is the store that does not answer
-            raise StoreError(
-                f"cannot open the table {name} in {dataset.url}: {storage.redact(str(error))}; run again when the "
-                "store answers"
-            ) from None
+            what = f"cannot open the table {name} in {dataset.url}"
+            raise storage.store_error(what, error) or StoreError(f"{what}: {storage.redact(str(error))}") from None
         last = last_whole_version(dataset, name)
         if last is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -55,6 +56,18 @@ class S3:
             "AWS_METADATA_ENDPOINT": nobody,
         }
 
+    @contextlib.contextmanager
+    def known(self) -> Iterator[None]:
+        """The environment knows the server and nothing else."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [n for n in os.environ if n.startswith("AWS_")]:
+                patch.delenv(name)
+            for name, value in self.environment().items():
+                patch.setenv(name, value)
+            forget()
+            yield
+        forget()
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
@@ -78,16 +91,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 
 @pytest.fixture
-def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+def s3(s3_server: S3) -> Iterator[S3]:
     """The server, with credentials for it in the environment."""
-    for name in [n for n in os.environ if n.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in s3_server.environment().items():
-        monkeypatch.setenv(name, value)
-    forget()
-    yield s3_server
+    with s3_server.known():
+        yield s3_server
     s3_server.fault(None)
-    forget()
 
 
 def forget() -> None:
@@ -101,6 +109,11 @@ def forget() -> None:
 @pytest.fixture
 def bucket(s3: S3) -> str:
     """A bucket of one's own."""
+    return new_bucket()
+
+
+def new_bucket() -> str:
+    """Make a bucket."""
     name = f"mill-{uuid.uuid4().hex[:12]}"
     client = storage._client(os.getpid())
     client.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION})

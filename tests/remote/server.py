@@ -68,7 +68,7 @@ def refuse(environ: dict[str, Any], start_response: Any, status: str, code: str,
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>no</Message>{more}</Error>'.encode()
     start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-    return [body]
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
 def main() -> None:
