@@ -80,7 +80,7 @@ def admit(config: RunConfig, dataset: Dataset, reporter: Reporter, *, dry_run: b
                 admission.files.append(writer.close())
         shard += 1
     if admission.files:
-        table.commit(admission.files, transaction=("admit", refresh))
+        table.commit(admission.files)
     if not dry_run:
         seen.save(table.version())
     return admission

@@ -39,7 +39,16 @@ from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan, model_identit
 from pairmill.planning import PlanReport, make_plan
 from pairmill.report.progress import Reporter
 from pairmill.stage import ErrorBudget, GlobalStage
-from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, DataFile, Dataset, content_digest, set_torn_aside
+from pairmill.store import (
+    HISTORY_TABLE,
+    LEDGER_TABLE,
+    PAIRS_TABLE,
+    DataFile,
+    Dataset,
+    content_digest,
+    read_files,
+    set_torn_aside,
+)
 from schemas import fields
 from schemas.config import RunConfig
 from schemas.reasons import DEFERRED_VALUES, Status
@@ -197,20 +206,25 @@ class _Refresh:
         with _LazyEngine(self.config) as engine:
             if revisit is not None:
                 self._revisit(engine, revisit)
+            state = self._up_to_date(engine)
+        if state.pending.any():
+            raise ContractError(f"{int(state.pending.sum())} rows are still pending after all steps ran")
+        snapshot, published = self._publish(self._frame(), state, begin)
+        if takedown.finish(self.dataset, self.reporter):  # and what came in at the very last moment goes again
+            snapshot, published = self.dataset.snapshots()[-1], True
+        return self._report(snapshot, published, admission, begin)
+
+    def _up_to_date(self, engine: _LazyEngine) -> State:
+        """Run what is lacking, and take out what was taken down meanwhile, until there is neither: a pair that
+        duplicated one that went may come alive."""
+        while True:
             frame = self._frame()
             state = replay(self.plan, frame)
             if state.pending.any():
                 self._segments(engine)
-        takedown.finish(self.dataset, self.reporter)  # what was taken down meanwhile is not published
-        if self._frame() is not frame:
-            frame = self._frame()
-            state = replay(self.plan, frame)
-        if state.pending.any():
-            raise ContractError(f"{int(state.pending.sum())} rows are still pending after all steps ran")
-        snapshot, published = self._publish(frame, state, begin)
-        if takedown.finish(self.dataset, self.reporter):  # and what came in at the very last moment goes again
-            snapshot, published = self.dataset.snapshots()[-1], True
-        return self._report(snapshot, published, admission, begin)
+            takedown.finish(self.dataset, self.reporter)
+            if self._frame() is frame:
+                return state
 
     def _mend(self) -> None:
         """Finish what a process that died left half done."""
@@ -361,7 +375,7 @@ class _Refresh:
         self, name: str, schema: pa.Schema, rows: pa.Table, shards: np.ndarray, what: str, *, replace: bool = False
     ) -> None:
         """One file for each shard, named by its content, committed together; with `replace`, in the place of those
-        that the shard has. Shards whose file is there already are left alone."""
+        that the shard has. Shards that hold the same already are left alone."""
         table = self.dataset.table(name, schema)
         present = {f.relative.rpartition("-")[0] for f in table.files()}  # without the checksum
         files, touched = [], []

@@ -493,7 +493,6 @@ run.refresh(run.load_config(sys.argv[1]), Slow())
 """
 
 
-@pytest.mark.xfail(strict=True, reason="run: a duplicate of what went is live then, and stages after it lack its row")
 def test_a_duplicate_of_what_is_taken_down_during_a_run_is_measured_in_that_run(tmp_path: Path):
     during_a_run(tmp_path, Selectors.of(uids=[UIDS[SENIOR]]), [SENIOR])
 

@@ -224,7 +224,10 @@ def print_snapshot(dataset: str, record: SnapshotRecord) -> None:
     typer.echo(f"{shown(dataset)}: snapshot {record.id}{shown(about)} of {record.created_at}, recipe {record.recipe}\n")
     print_funnel(record, sys.stdout)
     if record.deferred:
-        typer.echo("Deferred pairs are tried again by `pairmill run CONFIG.yaml --retry-deferred`.")
+        typer.echo(
+            "Deferred pairs are tried again by later runs when their time has come (`retry:` in the config); all at "
+            "once by `pairmill run CONFIG.yaml --retry-deferred`."
+        )
 
 
 def size(count: int) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ LOCAL_ADDRESS = "127.0.0.2"
 
 WORKER_RETRIES = 3
 """How often a unit is tried again whose worker died. Files are named by their work, so a retry writes nothing twice."""
+
+STREAM_RETRIES = 3
+"""How often in a row a stream may break with no unit finished in between."""
+STREAM_PAUSE_S = 5.0
+"""Before the next one, and longer each time: Ray takes a while to see that a machine is gone."""
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -166,7 +174,29 @@ class RayEngine:
         self.name = name
 
     def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
-        """See `pairmill.engines.Engine.run`."""
+        """See `pairmill.engines.Engine.run`. When the stream breaks, since a machine was lost with more than Ray itself
+        tries again, the units that are left go into a new one."""
+        import ray
+
+        left = {unit.shard: unit for unit in units}
+        breaks = 0
+        while left:
+            try:
+                for unit in self._stream(job, list(left.values())):
+                    if left.pop(unit.shard, None) is not None:
+                        breaks = 0
+                        yield unit
+            except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
+                breaks += 1
+                if breaks > STREAM_RETRIES:
+                    raise EngineError(
+                        f"Ray stopped the run: {type(error).__name__}: {str(error).strip().splitlines()[-1]}; what was "
+                        "committed is kept: run the command again"
+                    ) from error
+                log.warning("Ray lost workers (%s); %d shards are left and go on", type(error).__name__, len(left))
+                time.sleep(STREAM_PAUSE_S * breaks)
+
+    def _stream(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         import ray
         from ray.data import DataContext
 
@@ -181,15 +211,9 @@ class RayEngine:
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
             for index, pool in enumerate(pools):
                 stream = _add_group(stream, job, index, pool)
-        try:
-            for batch in stream.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
-                for text in batch["unit"]:
-                    yield Unit.loads(str(text))
-        except (ray.exceptions.RayError, ray.exceptions.RaySystemError) as error:
-            raise EngineError(
-                f"Ray stopped the run: {type(error).__name__}: {str(error).strip().splitlines()[-1]}; what was "
-                "committed is kept: run the command again"
-            ) from error
+        for batch in stream.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            for text in batch["unit"]:
+                yield Unit.loads(str(text))
 
 
 def _add_group(stream: Dataset, job: Job, index: int, pool: Pool) -> Dataset:

@@ -137,7 +137,7 @@ def test_a_ray_cluster_that_loses_a_machine_completes(tmp_path: Path):
     refresh(calm, Silent())
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": False},
+        head_node_args={"num_cpus": 2, "node_ip_address": "127.0.0.2", "include_dashboard": False},
     )
     lose = threading.Event()
     lost: list[float] = []
