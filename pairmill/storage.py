@@ -31,6 +31,9 @@ _RETRIES = {"mode": "standard", "max_attempts": 3}
 _SMALL = 2**18
 """Bytes up to which a file is fetched whole: one request, instead of one for its end and one for each column."""
 
+_AHEAD = 2**23
+"""Bytes that are read ahead from a file that is read as a stream."""
+
 _REFUSED = ("PreconditionFailed", "412", "NoSuchKey", "404")
 _OF_THE_OBJECT = ("NoSuchKey", "404", "NoSuchVersion", "InvalidRange", "416", "PreconditionFailed", "412")
 _FORBIDDEN = ("AccessDenied", "AllAccessDisabled", "403")
@@ -109,6 +112,14 @@ def open_known(fs: Any, path: str, size: int) -> Any:
     file = fs.open(path, "rb", size=size, **how)
     file.details = {"name": path, "size": size, "type": "file"}
     return file
+
+
+def open_url(url: str) -> Any:
+    """Open a file by its URL, to be read from its start on."""
+    if urlsplit(url).scheme not in _S3:
+        return fsspec.open(url, "rb").open()
+    fs, path = open_fs(url)
+    return fs.open(path, "rb", cache_type="readahead", block_size=_AHEAD)
 
 
 def is_local(fs: Any) -> bool:

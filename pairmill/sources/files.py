@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from pairmill import storage
 from pairmill.errors import SourceError
 
 if TYPE_CHECKING:
@@ -97,10 +98,8 @@ def open_bytes(file: SourceFile) -> Iterator[IO[bytes]]:
     Raises:
         SourceError: the file cannot be opened, or is damaged.
     """
-    import fsspec
-
     try:
-        with fsspec.open(file.name, "rb") as raw:
+        with storage.open_url(file.name) as raw:
             if file.compressed:
                 with gzip.open(raw, "rb") as plain:
                     yield plain
@@ -145,7 +144,7 @@ def _filesystem(path: str, what: str) -> tuple[AbstractFileSystem, str]:
     import fsspec
 
     try:
-        fs, inside = fsspec.core.url_to_fs(path)
+        fs, inside = storage.open_fs(path) if path.startswith(("s3://", "s3a://")) else fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise SourceError(f"{what} {path!r}: {error}") from error
     return fs, inside

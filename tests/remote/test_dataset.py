@@ -34,7 +34,7 @@ from tests.history import read
 from tests.needles import find_needles
 from tests.remote import conftest
 from tests.remote.conftest import S3, new_bucket
-from tests.remote.server import ACCESS_KEY, SECRET_KEY
+from tests.remote.server import ACCESS_KEY, SECRET_KEY, TOKEN
 from tests.remote.test_storage import only, profiles
 from tests.test_cli import Command, command  # noqa: F401 - a fixture
 
@@ -316,6 +316,26 @@ def test_no_credentials_at_all(begun, s3: S3, monkeypatch, command: Command):  #
 def test_no_bucket(begun, s3: S3, command: Command):  # noqa: F811
     for verb in VERBS:
         assert "make the bucket first" in fails(command, verb, begun, "s3://no-such-bucket/data"), verb
+
+
+def test_a_source_that_cannot_be_reached(s3: S3, tmp_path: Path, command: Command):  # noqa: F811
+    config = write_config(tmp_path, source={"kind": "url_table", "path": "s3://no-such-bucket/*.parquet"})
+    for name in ("*.parquet", "list.parquet", "list.csv.gz"):
+        verb = ("plan", "CONFIG", "--set", f"source.path=s3://no-such-bucket/{name}")
+        assert "make the bucket first" in fails(command, verb, (config, str(tmp_path / "dataset")))
+    s3.fault("down")
+    assert "run again when the store answers" in fails(command, verb, (config, str(tmp_path / "dataset")))
+
+
+def test_a_log_of_all_that_is_known_holds_no_secret(begun, s3: S3, monkeypatch, command: Command):  # noqa: F811
+    monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
+    conftest.forget()
+    plain = command("--debug", "plan", str(begun[0]))
+    s3.fault("readonly")
+    refused = command("--debug", "run", str(begun[0]))
+    assert (plain.code, refused.code) == (0, 1) and "Traceback" in refused.err
+    for done in (plain, refused):
+        assert not any(secret in done.out + done.err for secret in (*SECRETS, TOKEN))
 
 
 def test_no_dataset(begun, bucket: str, command: Command):  # noqa: F811
