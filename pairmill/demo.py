@@ -7,7 +7,6 @@ the ledger compared with the ground truth that the server wrote beside it.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,8 +128,6 @@ def run_demo(
         reporter.note(f"a procedural web of {pairs} pairs is served on {web.host}:{web.port}")
         report = refresh(load_config(str(config_path), overrides), reporter)
     snapshot = Dataset(str(out / "dataset")).snapshot()
-    if report.published and (out / "export").exists():
-        shutil.rmtree(out / "export")  # that of an older snapshot; an export is never overwritten on its own
     exported = export_webdataset(snapshot, str(out / "export"))
     pairs_, texts = (query(snapshot, sql).to_pylist() for sql in (PAIRS_SQL, TEXTS_SQL))
     metrics = measure(pairs_, texts, out / "truth.parquet", exported.samples, report.seconds)
