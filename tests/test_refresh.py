@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,8 @@ import pytest
 
 from pairmill import retry
 from pairmill.errors import ConfigError
+from pairmill.export import export_webdataset
+from pairmill.export.verify import verify_export
 from pairmill.procedural.web import Kind, ProceduralWeb
 from pairmill.query import query
 from pairmill.report.progress import Silent
@@ -18,6 +21,7 @@ from pairmill.run import load_config, plan, refresh
 from pairmill.seen import SEEN
 from pairmill.store import Dataset
 from schemas.config import Retry
+from tests.filters.random_clip import write_random_clip
 from tests.steps import config, texts, write_urls
 from tests.test_resume import main_config
 
@@ -245,3 +249,43 @@ def test_a_refresh_and_another_threshold_read_no_old_image_bytes(tmp_path: Path)
             asked = "SELECT uid, status, reason, clip_score, duplicate_of FROM pairs ORDER BY uid"
             results[name] = (grown.computed, looser.computed, query(dataset.snapshot(), asked).to_pylist())
     assert results["spoilt"] == results["calm"]
+
+
+def test_the_plan_names_a_changed_model_and_what_reads_its_columns(tmp_path: Path):
+    with ProceduralWeb(40, seed=7, hang_s=3) as web:
+        web.write(tmp_path)
+        path = str(main_config(tmp_path, keep={"clip_score": None}))
+        first = refresh(load_config(path), Silent())
+        other = write_random_clip(tmp_path / "other")
+        changed = load_config(path, [f"models.clip={{path: '{other}'}}"])
+        steps = {step["step"]: step for step in plan(changed, Silent()).steps}
+        assert steps["clip"]["why"] == {"model changed": first.computed["clip"]}
+        assert steps["images"]["why"] == {} and steps["images"]["note"] == "up to date"
+        assert steps["neighbours"]["rows_at_most"] >= first.computed["neighbours"]
+        requests = dict(web.requests)
+        assert refresh(changed, Silent()).computed["clip"] == first.computed["clip"]
+        assert dict(web.requests) == requests, "another model downloads nothing"
+
+
+def test_a_run_and_an_export_at_once(tmp_path: Path):
+    with ProceduralWeb(150, seed=7, hang_s=3) as web:
+        web.write(tmp_path)
+        rows = pq.read_table(tmp_path / "urls.parquet")
+        pq.write_table(rows.slice(0, 100), tmp_path / "urls.parquet")
+        run = load_config(str(main_config(tmp_path, keep={"clip_score": None})))
+        refresh(run, Silent())
+        pq.write_table(rows, tmp_path / "urls.parquet")
+        dataset = Dataset(run.dataset)
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(refresh, run, Silent())
+            reports = []
+            while not running.done() or len(reports) < 3:
+                out = str(tmp_path / f"export-{len(reports)}")
+                reports.append(export_webdataset(dataset.snapshot(1), out, pairs_per_shard=30))
+                assert verify_export(out).ok
+            assert running.result().published
+        assert {report.samples for report in reports} == {dataset.snapshot(1).record.kept}
+        first, *others = ((tmp_path / f"export-{i}" / "00000.tar").read_bytes() for i in range(len(reports)))
+        assert all(other == first for other in others)
+        after = export_webdataset(dataset.snapshot(), str(tmp_path / "export-0"), pairs_per_shard=30)
+        assert after.previous == 1 and after.new and verify_export(str(tmp_path / "export-0")).ok
