@@ -1,8 +1,8 @@
 """What a refresh costs against the first run: 20,000 small pairs of a procedural web, then 1% new ones, nothing new,
 and another threshold.
 
-Every run is the command in a process of its own (local engine, the shipped CLIP, `clip_filter`). Told are wall seconds,
-the bytes that the process read (``rchar`` of /proc; what a run with nothing to do reads is its libraries and the narrow
+Every run is the command in a process of its own (local engine, the shipped models). Told are wall seconds, start-up and
+loading of models included, the bytes that the process read (``rchar`` of /proc; what a run with nothing to do reads is its libraries and the narrow
 columns), rows that each stage computed, and requests that the web saw.
 """
 
@@ -50,21 +50,22 @@ def run(config: Path, *overrides: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=20_000)
+    parser.add_argument("--recipe", default="capfilt", help="capfilt: with captioner and filter; or clip_filter")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     arguments = parser.parse_args()
     pairs, new = arguments.pairs, arguments.pairs // 100
-    results: dict[str, Any] = {"pairs": pairs, "cpus": os.cpu_count()}
+    results: dict[str, Any] = {"pairs": pairs, "recipe": arguments.recipe, "cpus": os.cpu_count()}
     with tempfile.TemporaryDirectory() as temporary, ProceduralWeb(pairs + ROUNDS * new, seed=3, hang_s=3) as web:
         folder = Path(temporary)
         table = pa.table({"url": [r.url for r in web.rows], "text": [r.text for r in web.rows]})
         config = folder / "config.yaml"
         data = {
             "dataset": str(folder / "dataset"),
-            "recipe": "clip_filter",
+            "recipe": arguments.recipe,
             "source": {"kind": "url_table", "path": str(folder / "urls.parquet")},
             "engine": {"kind": "local"},
             "download": {"allow_private_addresses": True, "timeout_s": 2, "retries": 0, "per_host": 64},
-            "keep": {"clip_score": ">= 0.2", "min_side": 32},
+            "keep": {"clip_score": ">= 0.2", "itm": ">= 0.5", "min_side": 32},
         }
         config.write_text(yaml.safe_dump(data))
         pq.write_table(table.slice(0, pairs), folder / "urls.parquet")
@@ -75,7 +76,8 @@ def main() -> None:
             rounds["1% new"].append(run(config))
             rounds["nothing new"].append(run(config))
             before = dict(web.requests)
-            rounds["another threshold"].append(run(config, f"keep.clip_score='>= 0.2{turn + 1}'"))
+            key = "keep.itm" if arguments.recipe == "capfilt" else "keep.clip_score"
+            rounds["another threshold"].append(run(config, f"{key}='>= 0.{turn + 2}1'"))
             assert dict(web.requests) == before, "a threshold asks for no image"
             run(config)
         images = [p.stat().st_size for p in (folder / "dataset").glob("images-*/shard=*/*.parquet")]
@@ -87,7 +89,7 @@ def main() -> None:
             "computed": runs[-1]["computed"],
         }
     first = results["first run"]["seconds"]
-    print(f"{pairs:,} pairs, {results['images_mib']:.0f} MiB of images; median of {ROUNDS}")
+    print(f"{arguments.recipe}: {pairs:,} pairs, {results['images_mib']:.0f} MiB of images; median of {ROUNDS}")
     for name in ("first run", *rounds):
         cost = results[name]
         share = cost["seconds"] / first

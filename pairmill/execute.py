@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -381,6 +382,8 @@ class Unit:
     """The files of the shard, by table: `DataFile` as dictionaries."""
     removals: dict[str, int] = field(default_factory=dict)
     """How often files were taken out of each table (`Table.removals`)."""
+    wanted: list[int] = field(default_factory=list)
+    """Stages, by their index in the plan, that may have rows to compute in this shard."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """Files to commit: `DataFile` with ``table``."""
     computed: dict[str, int] = field(default_factory=dict)
@@ -460,6 +463,7 @@ class Worker:
         self._care = care
         self._dataset = Dataset(job.dataset)
         self._kernels: dict[int, Kernel] = {}
+        self._warming: dict[int, Future[Kernel]] = {}
         self._pixels = PixelCache()
         self._tombstones: Tombstones | None = None
 
@@ -471,10 +475,20 @@ class Worker:
             self._tombstones = Tombstones.load(self._dataset)
         return self._tombstones.without_images(output)
 
+    def warm(self, wanted: Sequence[int]) -> None:
+        """Begin to open the stages, by their index in the plan, in a thread: models load while others still fetch. What
+        goes wrong is told when the stage is used."""
+        cold = [s for s in self._group.steps if s.index in wanted and s.index not in {*self._kernels, *self._warming}]
+        if cold:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="pairmill-warm")
+            self._warming |= {s.index: pool.submit(s.step.open) for s in cold if isinstance(s.step, Stage)}
+            pool.shutdown(wait=False)
+
     def _kernel(self, planned: PlannedStep) -> Kernel:
         if planned.index not in self._kernels:
             assert isinstance(planned.step, Stage)
-            self._kernels[planned.index] = planned.step.open()
+            warming = self._warming.pop(planned.index, None)
+            self._kernels[planned.index] = warming.result() if warming else planned.step.open()
         return self._kernels[planned.index]
 
     def run(self, unit: Unit) -> Unit:
@@ -638,11 +652,15 @@ def units_to_do(plan: Plan, segment: int, frame: Frame) -> Iterator[Unit]:
         return iter(())
     before = replay(plan, frame, first)
     wanted = (PAIRS_TABLE, *plan.tables[: sum(s.table is not None for s in plan.steps[: steps[-1].index + 1])])
-    return units_of(frame, wanted, before.live, todo)
+    lacking = {s.index: todo & ~frame.present(s.table) for s in steps if s.table is not None}
+    return units_of(frame, wanted, before.live, todo, lacking)
 
 
-def units_of(frame: Frame, tables: Sequence[str], live: np.ndarray, todo: np.ndarray) -> Iterator[Unit]:
-    """One unit for each shard with a row in `todo`, with the files of `tables` and who of its rows is live."""
+def units_of(
+    frame: Frame, tables: Sequence[str], live: np.ndarray, todo: np.ndarray, lacking: Mapping[int, np.ndarray]
+) -> Iterator[Unit]:
+    """One unit for each shard with a row in `todo`, with the files of `tables` and who of its rows is live. `lacking`:
+    rows that a stage, by its index, may have to compute."""
     shards = frame.pairs_column("shard").to_numpy()
     by_shard: dict[int, dict[str, list[dict[str, Any]]]] = {}
     removals = {table: frame.removals(table) for table in tables}
@@ -651,4 +669,5 @@ def units_of(frame: Frame, tables: Sequence[str], live: np.ndarray, todo: np.nda
             by_shard.setdefault(file.shard, {}).setdefault(table, []).append(asdict(file))
     for shard in np.unique(shards[todo]).tolist():
         low, high = np.searchsorted(shards, [shard, shard + 1])  # pairs files are listed by shard
-        yield Unit(shard, pack(live[low:high]), by_shard[shard], removals)
+        wanted = [index for index, rows in lacking.items() if rows[low:high].any()]
+        yield Unit(shard, pack(live[low:high]), by_shard[shard], removals, wanted)

@@ -106,7 +106,7 @@ class OpenVisit:
         if self.wanted is not None:
             live &= pc.is_in(frame.uid, value_set=self.wanted).to_numpy()
         todo = live & ~frame.present(self.visit.table)
-        return list(units_of(frame, (PAIRS_TABLE, *self.plan.tables), live, todo))
+        return list(units_of(frame, (PAIRS_TABLE, *self.plan.tables), live, todo, {self.visit.index: todo}))
 
     def apply(self) -> Iterator[str]:
         """Put the changed images in the place of the old ones; says what came of the visit."""

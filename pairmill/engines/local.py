@@ -38,6 +38,8 @@ class LocalEngine:
         if self._workers == 1:
             workers = _open(job)
             for unit in units:
+                for worker in workers[1:]:  # the first is about to open its own
+                    worker.warm(unit.wanted)
                 yield _run_all(workers, unit)
         else:
             yield from self._run_processes(job, units)
@@ -109,4 +111,6 @@ def _initialize(job: Job) -> None:
 
 
 def _run_in_process(unit: Unit) -> Unit:
+    for worker in _process_workers[1:]:
+        worker.warm(unit.wanted)
     return _run_all(_process_workers, unit)

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +203,8 @@ class RayEngine:
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = False
+        units = list(units)
+        wanted = sorted({stage for unit in units for stage in unit.wanted})
         items = [{"unit": unit.dumps()} for unit in units]
         stream = ray.data.from_items(items, override_num_blocks=len(items))
         pools = size_pools(job, ray.cluster_resources(), self._config.workers)
@@ -210,13 +212,13 @@ class RayEngine:
             # Bounded retries can be said in no other way in Ray 2.60; its default is to retry without end.
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
             for index, pool in enumerate(pools):
-                stream = _add_group(stream, job, index, pool)
+                stream = _add_group(stream, job, index, pool, wanted)
         for batch in stream.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             for text in batch["unit"]:
                 yield Unit.loads(str(text))
 
 
-def _add_group(stream: Dataset, job: Job, index: int, pool: Pool) -> Dataset:
+def _add_group(stream: Dataset, job: Job, index: int, pool: Pool, wanted: Sequence[int]) -> Dataset:
     """One more group on the stream: an actor pool for groups with models, tasks for the others."""
     from ray.data import ActorPoolStrategy
 
@@ -226,7 +228,7 @@ def _add_group(stream: Dataset, job: Job, index: int, pool: Pool) -> Dataset:
     if pool.workers:
         return stream.map_batches(
             _GroupActor,
-            fn_constructor_args=(job, index),
+            fn_constructor_args=(job, index, wanted),
             compute=ActorPoolStrategy(min_size=1, max_size=pool.workers),
             max_restarts=WORKER_RETRIES,
             max_task_retries=WORKER_RETRIES,
@@ -238,8 +240,9 @@ def _add_group(stream: Dataset, job: Job, index: int, pool: Pool) -> Dataset:
 class _GroupActor:
     """A long-lived worker of one group: keeps its kernels (weights) between units."""
 
-    def __init__(self, job: Job, group: int) -> None:
+    def __init__(self, job: Job, group: int, wanted: Sequence[int]) -> None:
         self._worker = Worker(job, group)
+        self._worker.warm(wanted)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return _run_batch(self._worker, batch)
