@@ -2,8 +2,8 @@
 and another threshold.
 
 Every run is the command in a process of its own (local engine, the shipped models). Told are wall seconds, start-up and
-loading of models included, the bytes that the process read (``rchar`` of /proc; what a run with nothing to do reads is its libraries and the narrow
-columns), rows that each stage computed, and requests that the web saw.
+loading of models included, the bytes that the process read (``rchar`` of /proc; what a run with nothing to do reads is
+its libraries and the narrow columns), rows that each stage computed, and requests that the web saw.
 """
 
 from __future__ import annotations
