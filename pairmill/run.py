@@ -46,7 +46,6 @@ from pairmill.store import (
     DataFile,
     Dataset,
     content_digest,
-    read_files,
     set_torn_aside,
 )
 from schemas import fields
@@ -55,7 +54,10 @@ from schemas.reasons import DEFERRED_VALUES, Status
 from schemas.snapshot import SnapshotRecord
 
 COMMIT_EVERY_S = 2.0
-"""Finished shards are committed together after so many seconds: a commit costs about 10 ms a table."""
+"""Finished shards are committed together after so many seconds, and after longer as the run gets longer
+(`_commit_due`): a commit costs about 10 ms a table, and a record in its log for ever. A kill loses nothing by that: the
+next run adopts finished files that were not committed."""
+_COMMIT_AT_MOST_S = 60.0
 
 SOFTWARE = (
     "pairmill",
@@ -306,14 +308,14 @@ class _Refresh:
         started = engine.get(self.reporter)
         self.reporter.start(plan.segments[number].title, sum(rows_of[u.shard] for u in units))
         done: list[Unit] = []
-        committed = time.monotonic()
+        began = committed = time.monotonic()
         try:
             for unit in started.run(job, units):
                 raise_failure(unit)
                 done.append(unit)
                 self._account(unit)
                 self.reporter.advance(rows_of[unit.shard], unit.dropped)
-                if time.monotonic() - committed > COMMIT_EVERY_S:
+                if _commit_due(time.monotonic(), committed, began):
                     self._commit(plan, done)
                     committed = time.monotonic()
         finally:  # also on Ctrl-C and on a failure elsewhere: what is finished is kept
@@ -456,6 +458,11 @@ class _Refresh:
         self.dataset.publish(record)
         self.reporter.note(f"published snapshot {record.id}: {record.kept} of {record.admitted} pairs kept")
         return record, True
+
+
+def _commit_due(now: float, last: float, began: float) -> bool:
+    """Whether it is time to commit: after `COMMIT_EVERY_S`, and after 1% of the time that the segment has run for."""
+    return now - last > min(COMMIT_EVERY_S + 0.01 * (now - began), max(COMMIT_EVERY_S, _COMMIT_AT_MOST_S))
 
 
 class _LazyEngine:
