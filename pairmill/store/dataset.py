@@ -53,8 +53,9 @@ class Dataset:
         self.local = storage.is_local(self.fs)
         self.url = self.root if self.local else url.rstrip("/")
         self._lease: leases.Lease | None = None
-        self.held: dict[str, DeltaTable | None] | None = None
-        """Tables as they are in an object store, while this process holds the right to write."""
+        self.held: dict[str, tuple[float, DeltaTable | None]] | None = None
+        """Tables as they are in an object store and when they were opened, while this process holds the right to
+        write."""
 
     def __repr__(self) -> str:
         return f"Dataset({self.url!r})"
