@@ -552,6 +552,51 @@ def test_several_records_lost_in_a_row_are_not_guessed(folder: Path) -> None:
     assert done.run is not None and ledger(folder) == expected
 
 
+def test_damage_in_several_places_at_once(calm: Path, tmp_path: Path) -> None:
+    """A record that is gone hides what it said: of files that are damaged, too, and of versions that are needed."""
+    expected = {n: ledger(calm, n) for n in (1, 2)}
+    chance = random.Random(20)
+    candidates = [p for p in every_file(calm) if p.parts[0] != "snapshots"]
+    for _ in range(12):
+        folder = tmp_path / "copy"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(calm, folder)
+        chosen = {path: chance.choice((flip, truncate, remove)) for path in chance.sample(candidates, 3)}
+        for path, how in chosen.items():
+            how(chance)(folder / "dataset" / path)
+        done = mend(folder)
+        told = {str(path): how.__name__ for path, how in chosen.items()}, done.lost, done.after.damage
+        assert not done.lost and not done.after.damaged, told
+        assert {n: ledger(folder, n) for n in (1, 2)} == expected, told
+
+
+def test_pairs_whose_record_is_gone_with_them_are_missed_and_rebuilt(folder: Path) -> None:
+    expected = ledger(folder)
+    first = data_files(folder, "pairs")[0]
+    log = first.parent.parent / "_delta_log" / f"{1:020d}.json"
+    log.unlink()
+    first.unlink()
+    done = mend(folder)
+    assert ledger(folder) == expected, "the ledger knew them"
+    assert [(f.kind, f.current, f.snapshots) for f in done.after.damage] == [
+        (Kind.MISMATCH, False, (1,)),
+        (Kind.MISMATCH, False, (2,)),
+    ], "old versions hold fewer pairs than their snapshots say"
+
+
+def test_a_dataset_without_a_snapshot_is_mended_with_a_config(folder: Path) -> None:
+    expected = ledger(folder)
+    shutil.rmtree(folder / "dataset" / "snapshots")
+    data_files(folder, "words-*")[0].unlink()
+    with pytest.raises(StoreError, match="--repair"):
+        refresh(run_config(folder), Silent())
+    assert mend(folder).run is None
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(run_config(folder).model_dump(mode="json", by_alias=True)))
+    done = repair(dataset_of(folder), Silent(), config=str(path))
+    assert not done.after.damaged and ledger(folder) == expected
+
+
 # -- killed in the middle ---------------------------------------------------------------------------------------------
 
 SCRIPT = """

@@ -23,6 +23,12 @@ def verify(
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="with --repair: give up what nothing can rebuild")
     ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config", metavar="CONFIG.yaml", help="with --repair: this config, not that of the last snapshot"
+        ),
+    ] = None,
     overrides: Overrides = None,
     wait: Wait = 0.0,
     as_json: AsJson = False,
@@ -48,11 +54,13 @@ def verify(
         raise ConfigError(f"{opened.url} is no pairmill dataset; `pairmill run CONFIG.yaml` makes one")
     if mend and quick:
         raise ConfigError("--repair looks at every byte: leave out --quick")
-    if not mend and (accept_loss or overrides):
-        raise ConfigError("--accept-loss and --set belong to --repair: add it, or leave them out")
+    if not mend and (accept_loss or config or overrides):
+        raise ConfigError("--accept-loss, --config and --set belong to --repair: add it, or leave them out")
     with reporter_for(sys.stderr) as reporter:
         if mend:
-            done = repair(opened, reporter, accept_loss=accept_loss, overrides=overrides or [], wait_s=wait)
+            done = repair(
+                opened, reporter, accept_loss=accept_loss, config=config, overrides=overrides or [], wait_s=wait
+            )
             after = done.after
         else:
             done, after = None, examine(opened, reporter, quick=quick)

@@ -51,6 +51,9 @@ THREADS = min(8, 2 * (os.cpu_count() or 1))
 WINDOW = 4 * THREADS
 """Files that wait at most, so that memory stays bounded."""
 
+LOST = -1
+"""Version of a finding of which no record is at fault: what it says cannot be found out."""
+
 _STAGE = re.compile(r".+-[0-9a-f]{8}\Z")
 
 
@@ -139,6 +142,8 @@ class Examination:
         tables = sorted({*names, *named})
         for table in tables:
             self._look_at_log(table, rewrites)
+        self._look_for_lost_pairs()
+        self._count_rows(rewrites)
         self._look_at_files()
         self._look_for_rest()
         files = [need.file for needs in self.needs.values() for need in needs.values()]
@@ -172,8 +177,9 @@ class Examination:
                 opened[version] = same or open_version(self._dataset, table, version)
                 files = opened[version].files
             except LogProblem as problem:
-                if not any(f.version <= (log.last if version is None else version) for f in log.flaws):
-                    log.flaws.append(self._first_unreadable(log, version, str(problem)))
+                flaw = self._first_unreadable(log, version, str(problem))
+                if not any(f.version <= flaw.version for f in log.flaws):
+                    log.flaws.append(flaw)
                 continue
             if version is not None:
                 files = self._dataset.replaced(table, files, rewrites)
@@ -224,6 +230,39 @@ class Examination:
     def _size(self, path: str) -> int:
         full = self._dataset.path(path)
         return int(self._dataset.fs.size(full) or 0) if self._dataset.fs.isfile(full) else 0
+
+    def readable(self, table: str) -> bool:
+        """Whether the latest version of a table can be opened."""
+        return table in self._columns
+
+    def _look_for_lost_pairs(self) -> None:
+        """Shards of which the ledger has rows and the pairs have none: not even their log knows the file any more."""
+        ledger = self.needs.get(LEDGER_TABLE, {}).values()
+        pairs = self.needs.get(PAIRS_TABLE, {})
+        if not (self.readable(PAIRS_TABLE) and self.readable(LEDGER_TABLE)):
+            return
+        here = {need.file.shard for need in pairs.values() if need.current}
+        for need in ledger:
+            shard = need.file.shard
+            if need.current and shard not in here:
+                relative = f"shard={shard}/pairs.parquet"
+                lost = DataFile(self._dataset.path(PAIRS_TABLE, relative), relative, shard, 0, 0)
+                pairs.setdefault(relative, Need(lost, True)).snapshots.update(need.snapshots)
+
+    def _count_rows(self, rewrites: Mapping[tuple[str, str], tuple[str | None, int, int]]) -> None:
+        """Snapshots say how many pairs they have. A takedown takes rows out of them, so after one nothing is said."""
+        for record in self.records:
+            for table in (PAIRS_TABLE, LEDGER_TABLE):
+                files = [need.file for need in self.needs[table].values() if record.id in need.snapshots]
+                rows, version = sum(file.rows for file in files), record.tables.get(table)
+                if not files or version is None or any(name == table for name, _ in rewrites):
+                    continue
+                if rows < record.admitted:
+                    path = posixpath.join(table, LOG, f"{version:020d}.json")
+                    detail = f"snapshot {record.id} has {record.admitted} pairs; this version has {rows} rows"
+                    self._findings.append(
+                        Finding(Kind.MISMATCH, table, None, path, False, (record.id,), detail, version=LOST)
+                    )
 
     # -- data files --
 

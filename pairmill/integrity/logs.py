@@ -171,19 +171,21 @@ def _take_in(log: Log, live: dict[str, int], version: int, lines: list[Line], *,
             added.append(line.path)
         elif line.kind == "remove" and line.path and live.pop(line.path, None) is None and strict:
             wrong = f"it removes {line.path}, which was not there"
+    for path in added:
+        if (refresh := refresh_in(path)) is not None:
+            log.refreshes[shard_in(path)] = refresh
     for line in lines:
-        if line.kind != "txn":
+        number = line.action.get("version")
+        if line.kind != "txn" or not isinstance(number, int):
             continue
-        if line.action.get("appId") == PUBLISH and isinstance(line.action.get("version"), int):
-            log.guards[version] = line.action["version"]
+        if line.action.get("appId") == PUBLISH:
+            log.guards[version] = number
         if line.action.get("appId") == ADMIT:
-            refresh = line.action.get("version")
-            refresh = refresh if isinstance(refresh, int) else 0
-            said = {refresh_in(path) for path in added} - {None}
-            if said and said != {refresh}:
-                wrong = f"it says refresh {refresh}; its files say {sorted(r for r in said if r)}"
+            said = {refresh for path in added if (refresh := refresh_in(path)) is not None}
+            if said and said != {number}:
+                wrong = f"it says refresh {number}; its files say {sorted(said)}"
             for path in added:
-                log.refreshes[shard_in(path)] = refresh_in(path) or refresh
+                log.refreshes.setdefault(shard_in(path), number)
     return wrong
 
 
@@ -353,7 +355,8 @@ class Mender:
                 kept.append({line.kind: line.action})
             else:
                 unclear = True
-        if unclear or not str(said or "").isdigit() or int(str(said)) > len(adds) + len(removes):
+        short = unclear or not str(said or "").isdigit() or int(str(said)) > len(adds) + len(removes)
+        if short and version > 0:  # the first record says that there is a table, and names no file
             removes += self._fill(adds, removes, before, free)
         if version == 0 or any("metaData" in k or "protocol" in k for k in kept):
             kept = [k for k in kept if "metaData" not in k and "protocol" not in k]

@@ -9,6 +9,7 @@ rows again.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import posixpath
 import shutil
@@ -56,6 +57,10 @@ MAY_DIFFER = frozenset({fields.IMAGE.name, fields.CAPTIONS.name})
 What was measured of them has to go with them."""
 
 
+ROUNDS = 6
+"""How often damage may come to light by mending other damage."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """What cannot be rebuilt."""
@@ -88,6 +93,7 @@ def repair(
     reporter: Reporter,
     *,
     accept_loss: bool = False,
+    config: str | None = None,
     overrides: Sequence[str] = (),
     wait_s: float = 0.0,
 ) -> Repair:
@@ -97,7 +103,8 @@ def repair(
         dataset: The dataset.
         reporter: Told how it goes.
         accept_loss: Give up rows and records that nothing can rebuild. Without it they are named and left as they are.
-        overrides: ``key.sub=value`` for the config of the last snapshot, with which rows are computed again.
+        config: Path of a config with which rows are computed again; that of the last snapshot without it.
+        overrides: ``key.sub=value`` for that config.
         wait_s: How long to wait for other processes that use the dataset, seconds.
 
     Raises:
@@ -105,7 +112,7 @@ def repair(
         DatasetLocked: another process uses the dataset.
         PairmillError: computing rows again failed; `pairmill run` or another repair goes on.
     """
-    work = _Repair(dataset, reporter, accept_loss, tuple(overrides))
+    work = _Repair(dataset, reporter, accept_loss, config, tuple(overrides))
     with dataset.lock(wait_s), dataset.alone(wait_s):
         before = work.prepare()
     run = None
@@ -115,7 +122,9 @@ def repair(
     if before.damaged:
         with dataset.lock(wait_s), dataset.alone(wait_s):
             after = work.heal_old()
-    return Repair(before, after, work.done, work.lost, run)
+    left = [f.path for f in after.damage]
+    lost = [loss for loss in work.lost if loss.accepted or any(path.startswith(loss.path) for path in left)]
+    return Repair(before, after, work.done, lost, run)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class _Repair:
     dataset: Dataset
     reporter: Reporter
     accept_loss: bool
+    config: str | None
     overrides: tuple[str, ...]
     done: list[str] = field(default_factory=list)
     lost: list[Loss] = field(default_factory=list)
@@ -142,19 +152,25 @@ class _Repair:
         examination, before = self._examine()
         if not before.damaged:
             return before
-        found = before
-        if self._mend_logs(examination, found):
-            examination, found = self._examine()
-        if self._heal(found):
-            examination, found = self._examine()
-        if self._records(examination, found):
-            examination, found = self._examine()
-        if any(f.current and f.version is None for f in found.damage):
+        examination, found = self._mend(examination, before)
+        unreadable = {table for table in examination.logs if not examination.readable(table)}
+        unreadable |= {loss.table for loss in self.lost if loss.path.endswith(LOG) and not loss.accepted}
+        if unreadable:
+            self._did(f"nothing is computed again while the log of {', '.join(sorted(unreadable))} cannot be read")
+        elif any(f.current and f.version is None for f in found.damage):
             self._take_out(examination, found)
         else:
             self.todo = True  # a mended log may have lost rows; a repair that was killed may have taken some out
             self.plan = self._recorded(examination, required=False)
         return before
+
+    def _mend(self, examination: Examination, found: Integrity) -> tuple[Examination, Integrity]:
+        """Mend what needs no computing. One thing may hide another, such as the snapshots which versions they need."""
+        for _ in range(ROUNDS):
+            if not any(step(examination, found) for step in (self._mend_logs, self._heal, self._records)):
+                break
+            examination, found = self._examine()
+        return examination, found
 
     def _examine(self) -> tuple[Examination, Integrity]:
         examination = Examination(self.dataset, self.reporter, whole=frozenset(self.whole))
@@ -167,6 +183,8 @@ class _Repair:
         self.reporter.note(what)
 
     def _lose(self, loss: Loss) -> None:
+        if loss in self.lost:
+            return
         self.lost.append(loss)
         self.reporter.note(f"{loss.path}: {loss.detail}")
 
@@ -176,11 +194,14 @@ class _Repair:
         """Set torn records aside and write damaged ones anew; says whether anything was done."""
         flaws: dict[str, list[Finding]] = {}
         for finding in found.damage:
-            if finding.version is not None:
+            if finding.version is not None and finding.version >= 0:
                 flaws.setdefault(finding.table, []).append(finding)
+        if SNAPSHOTS_TABLE in flaws:  # they say which versions of the others are needed
+            flaws = {SNAPSHOTS_TABLE: flaws[SNAPSHOTS_TABLE]}
+        before = len(self.done)
         for table, findings in flaws.items():
             self._mend_log(examination, table, findings)
-        return bool(flaws)
+        return len(self.done) > before
 
     def _mend_log(self, examination: Examination, table: str, findings: list[Finding]) -> None:
         log = examination.logs[table]
@@ -197,7 +218,7 @@ class _Repair:
             self._did(f"{table}: the commit record {tail} is not whole, and no snapshot needs it: it was set aside")
             del bad[tail]
             tail -= 1
-        gaps = {f.version for f in findings if f.kind is Kind.LOG_GAP and f.version is not None}
+        gaps = {f.version for f in findings if f.kind is Kind.LOG_GAP and f.version}  # the first one names no file
         if any(version + 1 in gaps for version in gaps):
             self._lose_log(table)
             return
@@ -237,7 +258,7 @@ class _Repair:
 
     # -- bytes that are there under another name --
 
-    def _heal(self, found: Integrity) -> bool:
+    def _heal(self, _: Examination, found: Integrity) -> bool:
         """Put the right bytes in the place of damaged files, where a whole file of the table has them."""
         damaged = {f.path: f for f in found.damage if f.version is None}
         wanted: dict[tuple[str, str], list[str]] = {}
@@ -246,7 +267,7 @@ class _Repair:
             if checksum:
                 wanted.setdefault((finding.table, checksum), []).append(path)
         healed = False
-        for path, _ in walk(self.dataset) if wanted else ():
+        for path, _size in walk(self.dataset) if wanted else ():
             here = wanted.get((path.partition("/")[0], DataFile(path, path, -1, 0, 0).checksum), [])
             full = self.dataset.path(path)
             if here and path not in damaged and has_its_checksum(self.dataset, full):
@@ -261,12 +282,7 @@ class _Repair:
         """After all else: damaged files that only old snapshots need. Rows computed again may be theirs byte for byte;
         where they are not, and the loss is accepted, these snapshots read the new ones from now on. Returns what is
         found in the end."""
-        examination, found = self._examine()
-        if not any(only_old(f) and f.version is None for f in found.damage):
-            return found
-        changed = self._heal(found)
-        if changed:
-            examination, found = self._examine()
+        examination, found = self._mend(*self._examine())
         if self.accept_loss:
             rows = [row for f in found.damage if only_old(f) and (row := self._instead(examination, f)) is not None]
             if rows:
@@ -482,29 +498,32 @@ class _Repair:
     # -- the config --
 
     def _recorded(self, examination: Examination, *, required: bool) -> _Recipe | None:
-        """The config of the last snapshot and its plan.
+        """The config that was given, or that of the last snapshot, and its plan.
 
         Raises:
             ConfigError: it cannot be used any more; the message says why.
         """
-        if not examination.records:
-            self._did("no snapshot records a config: run `pairmill run CONFIG.yaml`, it goes on with what is whole")
+        if self.config is None and not examination.records:
+            self._did("no snapshot records a config with which rows could be computed again: give one (--config)")
             return None
-        record = examination.records[-1]
+        record = examination.records[-1] if examination.records else None
         with tempfile.TemporaryDirectory(prefix="pairmill-") as folder:
-            path = Path(folder, f"config-of-snapshot-{record.id}.yaml")
-            path.write_text(record.config, encoding="utf-8")
+            path, which = Path(folder, "config.yaml"), self.config
+            if self.config is not None:
+                path = Path(self.config)
+            elif record is not None:
+                which = f"the config of snapshot {record.id}"
+                path.write_text(record.config, encoding="utf-8")
             try:
-                here = f"dataset={self.dataset.url}"
-                config = load_config(str(path), [*self.overrides, here])
+                config = load_config(str(path), [*self.overrides, f"dataset={json.dumps(self.dataset.url)}"])
                 plan = compile_plan(load_recipe(config))
-                self._check_same(plan, record.tables)
+                self._check_same(plan, record.tables if record else {})
             except (ConfigError, ImportError) as error:
-                if not required:
+                if not required and self.config is None:
                     return None
                 raise ConfigError(
-                    f"rows have to be computed again, but the config of snapshot {record.id} cannot be used: {error}\n"
-                    "Mend it with --set KEY=VALUE, or run `pairmill run CONFIG.yaml` afterwards; nothing was taken out"
+                    f"rows have to be computed again, but {which} cannot be used: {error}\n"
+                    "Mend it with --set KEY=VALUE, or give another one with --config; nothing was taken out"
                 ) from error
         return _Recipe(config, plan)
 
