@@ -73,7 +73,12 @@ def open_fs(url: str) -> tuple[Any, str]:
         )
     try:
         if parts.scheme in _S3:
-            fs = _s3_files()(use_listings_cache=False, default_cache_type="none", config_kwargs={"retries": _RETRIES})
+            fs = _s3_files()(
+                use_listings_cache=False,
+                default_cache_type="none",
+                fixed_upload_size=True,  # R2 takes no parts of different sizes
+                config_kwargs={"retries": _RETRIES},
+            )
             root = fs._strip_protocol(url)
         else:
             fs, root = fsspec.core.url_to_fs(url)
