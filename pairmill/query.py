@@ -45,6 +45,7 @@ def query(snapshot: Snapshot, sql: str) -> pa.Table:
 
     Raises:
         ConfigError: the SQL is wrong, or is no single SELECT; carries DuckDB's message and the views there are.
+        StoreError: a file of the snapshot is missing or damaged.
     """
     with connect(snapshot) as connection:
         return select(connection, sql)
@@ -60,6 +61,8 @@ def select(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             raise ConfigError("a query must be one SELECT statement; to get data out, use `pairmill export`")
         return connection.sql(sql).to_arrow_table()
     except duckdb.Error as error:
+        if _is_about_a_file(error):
+            raise _damage(error) from error
         raise ConfigError(f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns") from error
 
 
@@ -125,12 +128,35 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     except BaseException as error:
         connection.close()
         if isinstance(error, duckdb.Error):
-            raise StoreError(
-                f"{snapshot!r} cannot be read: {str(error).strip().splitlines()[-1]}; "
-                "a file is damaged or missing: run the refresh again, or open another snapshot"
-            ) from error
+            raise _damage(error, snapshot.dataset.url) from error
         raise
     return connection
+
+
+def _damage(error: duckdb.Error, dataset: str = "DATASET") -> StoreError:
+    lines = [line for line in str(error).splitlines() if line.strip(" ^")]
+    said = next((line for line in lines if "Error: " in line), lines[0] if lines else "")
+    return StoreError(
+        f"{said.strip()}; a file is damaged or missing: `pairmill verify {dataset} --repair` says which one, and mends "
+        "what can be mended"
+    )
+
+
+def _is_about_a_file(error: duckdb.Error) -> bool:
+    """Whether an error comes from reading and not from the query."""
+    import duckdb
+
+    of_the_query = (
+        duckdb.ParserException,
+        duckdb.BinderException,
+        duckdb.CatalogException,
+        duckdb.ConversionException,
+        duckdb.OutOfRangeException,
+        duckdb.InvalidInputException,
+        duckdb.NotImplementedException,
+        duckdb.PermissionException,
+    )
+    return f"{_PROTOCOL}://" in str(error) or not isinstance(error, of_the_query)
 
 
 class _Views:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pairmill.errors import ConfigError
+from pairmill.errors import ConfigError, StoreError
 from pairmill.query import VIEWS, _SharedFile, _SnapshotFiles, connect, query
 from schemas import fields
 from tests.export.dataset import IMAGES_TABLE, Built, Pair, build
@@ -307,3 +307,21 @@ def test_duckdb_finds_nulls_in_a_column_whose_other_values_are_equal(tmp_path: P
     with duckdb.connect() as connection:
         rows = connection.execute(f"SELECT count(*) FROM '{tmp_path / 'one.parquet'}' WHERE reason IS NULL").fetchall()
     assert rows == [(2,)]
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "page"])
+def test_a_damaged_file_is_no_fault_of_the_query(tmp_path: Path, damage: str):
+    snapshot = build(str(tmp_path / "dataset"), PAIRS).snapshot
+    path = Path(snapshot.files("ledger")[0].path)
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        column = pq.read_metadata(path).row_group(0).column(0)
+        start = column.dictionary_page_offset or column.data_page_offset
+        content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+        path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"pairmill verify .* --repair"):
+        query(snapshot, "SELECT uid, status FROM pairs")
