@@ -72,14 +72,14 @@ def refuse(environ: dict[str, Any], start_response: Any, status: str, code: str,
 
 
 def main() -> None:
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Quiet(WSGIRequestHandler):
         def log_request(self, *_: object) -> None:
             pass
 
-    app = Strict(DomainDispatcherApplication(create_backend_app), Path(sys.argv[1]))
+    app = Strict(create_backend_app("s3"), Path(sys.argv[1]))
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
     print(server.server_port, flush=True)
     server.serve_forever()
