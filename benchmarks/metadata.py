@@ -96,7 +96,7 @@ def measure(rows: int, folder: Path) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="where the figures go; results/metadata-DATE.json without it")
     arguments = parser.parse_args()
     results = {}
     for rows in arguments.sizes:
@@ -104,8 +104,8 @@ def main() -> None:
             results[rows] = measure(rows, Path(folder))
         for verb, cost in results[rows].items():
             print(f"{rows:>9,}  {verb:24} {cost['seconds']:8.2f} s  {cost['mib']:7.0f} MiB", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"cpus": os.cpu_count(), "sizes": results}, indent=1) + "\n")
+    out = arguments.out or Path(__file__).parent / "results" / f"metadata-{time.strftime('%Y-%m-%d')}.json"
+    out.write_text(json.dumps({"cpus": os.cpu_count(), "rounds": ROUNDS, "sizes": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=20_000)
     parser.add_argument("--recipe", default="capfilt", help="capfilt: with captioner and filter; or clip_filter")
-    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
+    parser.add_argument("--out", type=Path, help="where the figures go; results/refresh-RECIPE-DATE.json without it")
     arguments = parser.parse_args()
     pairs, new = arguments.pairs, arguments.pairs // 100
     results: dict[str, Any] = {"pairs": pairs, "recipe": arguments.recipe, "cpus": os.cpu_count()}
@@ -96,8 +96,9 @@ def main() -> None:
         print(
             f"  {name:18} {cost['seconds']:8.2f} s  {share:7.1%}  read {cost['read_mib']:7.0f} MiB  {cost['computed']}"
         )
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    name = f"refresh-{arguments.recipe}-{time.strftime('%Y-%m-%d')}.json"
+    out = arguments.out or Path(__file__).parent / "results" / name
+    out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
