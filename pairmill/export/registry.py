@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pairmill.errors import StoreError
 from pairmill.report.text import without_secrets
+from pairmill.storage import AccessDenied
 from schemas.exports import EXPORTS, EXPORTS_TABLE, ExportEvent
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def register(
         try:
             dataset.records(EXPORTS_TABLE, EXPORTS).append([row])
         except (StoreError, OSError) as error:
-            if last:
+            if last or isinstance(error, AccessDenied):
                 raise StoreError(f"the export {known.out} cannot be entered in {dataset.url}: {error}") from error
         else:
             break

@@ -46,6 +46,7 @@ from pairmill.export.takedown import Reach, Removal, remove_from_exports
 from pairmill.report.progress import Reporter
 from pairmill.seen import SeenFiles
 from pairmill.stage import KEPT
+from pairmill.storage import AccessDenied
 from pairmill.store import (
     LEDGER_TABLE,
     PAIRS_TABLE,
@@ -286,8 +287,8 @@ def _append_tombstones(dataset: Dataset, rows: Sequence[dict[str, Any]]) -> None
     for last in (*[False] * (TRIES - 1), True):
         try:
             dataset.records(TOMBSTONES_TABLE, TOMBSTONES).append(rows)
-        except (StoreError, OSError):
-            if last:
+        except (StoreError, OSError) as error:
+            if last or isinstance(error, AccessDenied):
                 raise
             time.sleep(secrets.randbelow(200) / 1000)
         else:
