@@ -14,3 +14,10 @@ def _ctrl_c_reaches_children() -> None:
     """A job that a shell started in the background ignores Ctrl-C, and so do its children; some tests send it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_debugging_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's --debug speaks through the environment, so that workers hear it; other tests must not."""
+    monkeypatch.setenv("PAIRMILL_DEBUG", "")
+    monkeypatch.delenv("PAIRMILL_DEBUG")

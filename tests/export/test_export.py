@@ -363,7 +363,7 @@ def test_a_recipe_without_images_has_nothing_to_export(tmp_path):
 def test_missing_files_of_the_store_are_told(tmp_path):
     built = build(str(tmp_path / "data"), [Pair(0, 0)])
     Path(built.snapshot.files(IMAGES_TABLE)[0].path).unlink()
-    with pytest.raises(StoreError, match="run the refresh again"):
+    with pytest.raises(StoreError, match="pairmill verify"):
         export_webdataset(built.snapshot, str(tmp_path / "out"))
 
 
