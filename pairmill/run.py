@@ -453,7 +453,7 @@ class _Refresh:
             seconds=round(time.monotonic() - begin, 3),
             computed=dict(self.computed),
             stage_seconds={k: round(v, 3) for k, v in self.seconds.items()},
-            bytes={n: sum(f.size for f in self.dataset.table(n, fields.PAIRS).files()) for n in tables},
+            bytes=versions.table_bytes(self.dataset, tables),
         )
         self.dataset.publish(record)
         self.reporter.note(f"published snapshot {record.id}: {record.kept} of {record.admitted} pairs kept")

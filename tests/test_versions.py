@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from pairmill.errors import ConfigError, DatasetLocked, StoreError
 from pairmill.integrity import examine
 from pairmill.query import query
+from pairmill.recount import recounted
 from pairmill.report.funnel import check_funnel
 from pairmill.report.progress import Silent
 from pairmill.run import refresh
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, Dataset, open_delta
 from pairmill.takedown import Selectors, forget
 from pairmill.tombstones import TOMBSTONES, TOMBSTONES_TABLE
-from pairmill.versions import By, diff, finish, recounted, rollback, table_bytes, vacuum, what_changed
+from pairmill.versions import By, diff, finish, rollback, table_bytes, vacuum, what_changed
 from pairmill.versions.vacuum import EXPIRED, LEFTOVER, ORPHAN, UNUSED, policy_of, retained
 from schemas import fields
 from schemas.config import Retention

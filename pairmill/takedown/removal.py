@@ -29,7 +29,6 @@ import posixpath
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,12 +39,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pairmill.errors import ConfigError, DatasetLocked, StoreError
-from pairmill.execute import counted
 from pairmill.export.registry import KnownExport, known_exports
 from pairmill.export.takedown import Reach, Removal, remove_from_exports
+from pairmill.recount import recounted
 from pairmill.report.progress import Reporter
 from pairmill.seen import SeenFiles
-from pairmill.stage import KEPT
 from pairmill.storage import AccessDenied
 from pairmill.store import (
     LEDGER_TABLE,
@@ -66,7 +64,6 @@ from pairmill.takedown.selectors import Selectors
 from pairmill.tombstones import FOUND, TOMBSTONES, TOMBSTONES_TABLE, now
 from schemas import fields
 from schemas.reasons import Status
-from schemas.snapshot import SnapshotRecord
 
 TAKEDOWNS_TABLE = "takedowns"
 
@@ -461,18 +458,12 @@ class _Takedown:
         if sum(file.rows for file in view.files(LEDGER_TABLE)) == last.admitted:
             mine = [r for r in records if r.kind == "forget" and any(name in (r.note or "") for name in self.requests)]
             return mine[-1].id if mine else None
-        ledger = read_files(self.dataset, view.files(LEDGER_TABLE), fields.LEDGER, ["status", "reason"])
-        statuses, reasons = (Counter(counted(ledger.column(name))) for name in ("status", "reason"))
-        gone = last.admitted - ledger.num_rows
+        counts = recounted(view)
+        gone = last.admitted - counts.admitted
         left = replace(
-            last,
+            counts,
             id=last.id + 1,
             created_at=now(),
-            admitted=ledger.num_rows,
-            kept=statuses[Status.KEPT.value],
-            dropped=statuses[Status.DROPPED.value],
-            deferred=statuses[Status.DEFERRED.value],
-            reasons=dict(sorted(reasons.items())),
             tables={name: self._version(view, name) for name in last.tables},
             seconds=round(time.monotonic() - self.begin, 3),
             kind="forget",
@@ -481,7 +472,6 @@ class _Takedown:
             stage_seconds={},
             bytes={name: sum(file.size for file in view.files(name)) for name in last.bytes},
         )
-        left = replace(left, funnel=_funnel(last, left, self._texts(left)))
         self.dataset.publish(left)
         self.reporter.note(f"published snapshot {left.id} without {gone} pairs that were taken down")
         return left.id
@@ -492,30 +482,6 @@ class _Takedown:
         opened = self.dataset.table(table, pa.schema([]))
         same = [f.relative for f in view.files(table)] == [f.relative for f in opened.files()]
         return opened.version() if same else view.record.tables[table]
-
-    def _texts(self, record: SnapshotRecord) -> dict[str, dict[str, int]] | None:
-        """What became of the texts of the pairs that are left, by source, where a step chose among texts."""
-        if not any("texts" in entry for entry in record.funnel):
-            return None
-        from pairmill.query import connect, select
-
-        given = "coalesce(list_transform(p.texts, lambda t: t.source), [])"
-        captions, join = "[]", ""
-        if table := record.columns.get(fields.CAPTIONS.name):
-            captions = "coalesce(list_transform(c.captions, lambda t: t.source), [])"
-            join = f'LEFT JOIN store."{table}" c ON c.uid = l.uid AND c.shard = l.shard'
-        with connect(Snapshot(self.dataset, record)) as connection:
-            rows = select(
-                connection,
-                f"""SELECT source, coalesce(reason, '{KEPT}') AS outcome, count(*) AS texts FROM (
-                    SELECT unnest(list_concat({given}, {captions})) AS source, unnest(l.text_reasons) AS reason
-                    FROM store.ledger l JOIN store.pairs p ON p.uid = l.uid AND p.shard = l.shard {join}
-                    WHERE l.text_ranks IS NOT NULL) GROUP BY ALL ORDER BY ALL""",  # noqa: S608 (names of ours)
-            ).to_pylist()
-        counts: dict[str, dict[str, int]] = {}
-        for row in rows:
-            counts.setdefault(row["source"], {})[row["outcome"]] = row["texts"]
-        return counts
 
     def delete(self, inventory: Inventory, findings: Findings) -> None:
         """Delete every file that holds something of the pairs, and all that is of no use to anybody."""
@@ -637,29 +603,3 @@ def _with_removals(exports: Iterable[ExportTakedown], removals: Sequence[Removal
             )
         whole.append(export)
     return tuple(whole)
-
-
-def _funnel(
-    last: SnapshotRecord, left: SnapshotRecord, texts: dict[str, dict[str, int]] | None
-) -> list[dict[str, Any]]:
-    """The funnel of the last snapshot without the pairs that went: what a step dropped is lowered until it adds up to
-    what the ledger says. Where two steps give one reason, the first of them is lowered first."""
-    too_many = Counter(last.reasons)
-    too_many.subtract(left.reasons)
-    chose = sum("texts" in entry for entry in last.funnel)
-    entered, funnel = left.admitted, []
-    for entry in last.funnel:
-        reasons = {}
-        for reason, count in entry["reasons"].items():
-            less = min(count, max(too_many[reason], 0))
-            too_many[reason] -= less
-            if count > less:
-                reasons[reason] = count - less
-        mine = {**entry, "entered": entered, "reasons": reasons, "left": entered - sum(reasons.values())}
-        if "texts" in mine:
-            mine.pop("texts")
-            if texts is not None and chose == 1:
-                mine["texts"] = texts
-        entered = mine["left"]
-        funnel.append(mine)
-    return funnel

@@ -2,7 +2,7 @@
 
 from pairmill.versions.diff import By, DiffReport, diff
 from pairmill.versions.history import table_bytes, what_changed
-from pairmill.versions.rollback import RollbackReport, finish, recounted, rollback
+from pairmill.versions.rollback import RollbackReport, finish, rollback
 from pairmill.versions.vacuum import VacuumReport, vacuum
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "VacuumReport",
     "diff",
     "finish",
-    "recounted",
     "rollback",
     "table_bytes",
     "vacuum",
