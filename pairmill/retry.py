@@ -23,6 +23,9 @@ from schemas import fields
 from schemas.config import Retry
 from schemas.reasons import DEFERRED_VALUES, Status, retry_after_s
 
+LONGEST_RETRY_AFTER_S = 30 * 86_400.0
+"""No server can put a pair off for longer."""
+
 _COLUMNS = ("uid", "status", "attempts", "retry_at")
 
 
@@ -40,13 +43,13 @@ class Attempt:
 
 def retry_at(retry: Retry, attempts: int, uid: str, now: datetime.datetime, wait_s: float | None = None) -> str | None:
     """From when on a pair may be tried again: `first_s`, doubled with each attempt, up to `longest_s`, plus up to a
-    tenth drawn from its uid, so that not all come back at once; never before a server's Retry-After (`wait_s`). Null
-    after the last attempt."""
+    tenth drawn from its uid, so that not all come back at once; never before a server's Retry-After (`wait_s`, up to
+    `LONGEST_RETRY_AFTER_S`). Null after the last attempt."""
     if attempts >= retry.attempts:
         return None
     wait = min(retry.longest_s, retry.first_s * 2 ** min(attempts - 1, 60))
     wait *= 1 + hashlib.sha256(uid.encode()).digest()[0] / 2550
-    return stamp(now + datetime.timedelta(seconds=max(wait, wait_s or 0.0)))
+    return stamp(now + datetime.timedelta(seconds=max(wait, min(wait_s or 0.0, LONGEST_RETRY_AFTER_S))))
 
 
 def stamp(time: datetime.datetime) -> str:
@@ -174,7 +177,7 @@ def attempt_columns(
         elif attempt.retry_at == "":
             attempt = Attempt(attempt.attempts, retry_at(retry, attempt.attempts, name, now, wait))
         elif name in tried and wait is not None and attempt.retry_at is not None:
-            asked = stamp(now + datetime.timedelta(seconds=wait))
+            asked = stamp(now + datetime.timedelta(seconds=min(wait, LONGEST_RETRY_AFTER_S)))
             attempt = Attempt(attempt.attempts, max(attempt.retry_at, asked))
         attempts.append(attempt.attempts)
         times.append(attempt.retry_at)

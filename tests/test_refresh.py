@@ -127,6 +127,9 @@ def test_waits_double_up_to_the_longest_and_end_after_the_last_attempt():
     assert retry.retry_at(knobs, 7, "a" * 64, now) is None
     asked = retry.retry_at(knobs, 1, "a" * 64, now, 5000.0)
     assert asked == retry.stamp(now + datetime.timedelta(seconds=5000)), "a server's Retry-After is honoured"
+    mad = retry.retry_at(knobs, 1, "a" * 64, now, 1e8)
+    assert mad == retry.stamp(now + datetime.timedelta(days=30)), "but not for years"
+    assert retry.due({"it": retry.Attempt(1, mad)}, knobs, now, everything=False) == set()
 
 
 def test_a_clock_that_went_wrong_keeps_no_pair_waiting_for_ever():
