@@ -309,7 +309,9 @@ class Retry(Section):
     """When a refresh tries deferred pairs again: after `first_s`, then twice as long, and so on."""
 
     first_s: float = Field(3600, ge=0, description="seconds from the first attempt to the next")
-    longest_s: float = Field(604_800, ge=0, description="no wait is longer, unless a server's Retry-After asks for it, up to 30 days")
+    longest_s: float = Field(
+        604_800, ge=0, description="no wait is longer, unless a server's Retry-After asks for it, up to 30 days"
+    )
     attempts: int = Field(10, gt=0, description="then only `pairmill run --retry-deferred` tries the pair again")
 
 
