@@ -71,14 +71,13 @@ def killed(zygote: Zygote, begun: Path, folder: Path, **when: float) -> None:
     assert again.code == 0, again.error
 
 
-def test_sigkill_before_and_after_every_step_of_a_refresh(zygote: Zygote, begun: Path, calm, tmp_path: Path):
+def test_sigkill_before_every_step_of_a_refresh_and_after_the_last(zygote: Zygote, begun: Path, calm, tmp_path: Path):
     expected, steps, _ = calm
     assert steps >= 20
-    for step in range(steps):
-        for when in ("before", "after"):
-            folder = tmp_path / f"{when}-{step}"
-            killed(zygote, begun, folder, **{when: step})
-            assert content(folder / "config.yaml", tuple(AFTER)) == expected, (when, step)
+    for when, step in [*(("before", step) for step in range(steps)), ("after", steps - 1)]:
+        folder = tmp_path / f"{when}-{step}"
+        killed(zygote, begun, folder, **{when: step})
+        assert content(folder / "config.yaml", tuple(AFTER)) == expected, (when, step)
 
 
 def test_sigkill_at_twenty_random_times(zygote: Zygote, begun: Path, calm, tmp_path: Path):
