@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong; 1
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -602,6 +603,8 @@ def main() -> NoReturn:
     except Exception as error:  # noqa: BLE001 (the last line of defence: it is shown whole)
         _explain_defect(error)
         sys.exit(1)
+    finally:
+        gc.freeze()  # or Python looks through all that torch has made once more before it ends: a second for nothing
     raise SystemExit(0)
 
 
