@@ -240,6 +240,7 @@ class _Delta:
                     storage_options=dataset.delta_options,
                 )
                 delta.update_incremental()
+            self._add_columns(delta)
             if transaction is not None and not undo:
                 done = delta.transaction_version(transaction[0])
                 if done is not None and done >= transaction[1]:
@@ -293,6 +294,16 @@ class _Delta:
         if dataset.local:
             self._sync(version)
         return version
+
+    def _add_columns(self, delta: DeltaTable) -> None:
+        """Tell the log of columns that came with a later version of pairmill: files from before lack them, as null."""
+        from deltalake import Schema
+
+        known = {field.name for field in delta.schema().fields}
+        missing = [f for f in self.schema if f.name not in known and f.nullable]
+        if missing and known:
+            delta.alter.add_columns(Schema.from_arrow(pa.schema(missing)).fields)
+            delta.update_incremental()
 
     def _partition(self, file: DataFile) -> dict[str, str | None]:
         return {"shard": str(file.shard)} if self.partitioned else {}
