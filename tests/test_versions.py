@@ -863,3 +863,16 @@ def test_the_verbs_print_for_people_and_for_programs(tmp_path: Path, command: Co
 @pytest.mark.parametrize("verb", ["diff", "rollback", "vacuum"])
 def test_each_verb_has_examples(command: Command, verb: str):  # noqa: F811
     assert f"\n    pairmill {verb} " in command(verb, "--help").out.partition("Examples:")[2]
+
+
+def test_going_back_and_forth_over_several_refreshes_leaves_a_whole_log(tmp_path: Path):
+    table = tmp_path / "urls.parquet"
+    for count in (20, 40, 60):
+        write_urls(table, texts(count))
+        refresh(config(tmp_path, table), Silent())
+    dataset = Dataset(str(tmp_path / "dataset"))
+    for number in (1, 3, 2):
+        rollback(dataset, number)
+        assert examine(dataset, Silent()).findings == ()
+    report = refresh(config(tmp_path, table), Silent())
+    assert report.admitted_new == 20 and examine(dataset, Silent()).findings == ()

@@ -311,7 +311,7 @@ def _carry_out(dataset: Dataset, target: Snapshot, moves: Sequence[_Move], numbe
     if dataset.fs.exists(seen):
         dataset.fs.rm(seen)
     for move in moves:
-        _commit(dataset, move, target.record.refresh)
+        _commit(dataset, move)
     tables = {m.table: dataset.table(m.table, fields.PAIRS).version() for m in moves if m.named}
     published = dataclasses.replace(
         record,
@@ -330,15 +330,14 @@ def _carry_out(dataset: Dataset, target: Snapshot, moves: Sequence[_Move], numbe
     return published
 
 
-def _commit(dataset: Dataset, move: _Move, refresh: int) -> None:
-    """One commit. That of the pairs also takes back which refreshes have admitted, so that the next one can."""
+def _commit(dataset: Dataset, move: _Move) -> None:
+    """One commit."""
     if not move.new and not move.gone:
         return
     delta = open_delta(dataset, move.table)
     assert delta is not None
     schema = pa.schema([f for f in pa.schema(delta.schema().to_arrow()) if f.name != fields.SHARD.name])
-    transaction = ("admit", refresh) if move.table == PAIRS_TABLE else None
-    dataset.table(move.table, schema).commit(move.new, remove=move.gone, transaction=transaction, undo=True)
+    dataset.table(move.table, schema).commit(move.new, remove=move.gone)
 
 
 # -- counts -----------------------------------------------------------------------------------------------------------
