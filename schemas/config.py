@@ -43,6 +43,11 @@ class UrlTable(Section):
     path: str = Field(description="file, glob or URL; several files are read in the order of their names")
     url: str = Field("url", description="column with the image URL")
     text: str | None = Field("text", description="column with the alt text; null when there is none")
+    boxes: str | None = Field(
+        None,
+        description="column with boxes: a list of objects with label, x1, y1, x2, y2 (and score) in pixels of the "
+        "image; JSON in text files",
+    )
     format: Literal["auto", "parquet", "csv", "tsv", "json", "jsonl"] = Field(
         "auto", description="by the file's ending"
     )
@@ -177,6 +182,12 @@ class Models(Section):
     heads: dict[str, HeadChoice] = Field(
         default_factory=dict, description="score column by name: a head over the CLIP embedding of the image"
     )
+    detector: ModelChoice | None = Field(
+        None, description="open-vocabulary detector: an OWLv2 or Grounding DINO checkpoint; null: none"
+    )
+    segmenter: ModelChoice | None = Field(
+        None, description="a SAM checkpoint that makes a mask of each box; null: none"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model's arithmetic")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch: int = Field(
@@ -233,6 +244,85 @@ class Mix(Section):
         description="a text stays when its CLIP score is so; nguyen23 needs one, and takes top 30% where this is null",
     )
     top: int | None = Field(None, gt=0, description="texts kept at most; null: as the recipe was published")
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+class Boxes(Section):
+    """Which boxes of a pair are kept: those that came with it, and those of ``models.detector``."""
+
+    min_side: float = Field(4.0, ge=0, description="pixels of the stored image; a smaller box is rejected")
+    threshold: float = Field(0.3, ge=0, le=1, description="detector: least score of a box")
+    text_threshold: float = Field(0.25, ge=0, le=1, description="Grounding DINO: least score of a word for a box")
+    overlap: float = Field(
+        0.7, gt=0, le=1, description="intersection over union from which two boxes of a label are one"
+    )
+    most: int = Field(50, gt=0, description="detector: boxes an image at most, the best ones")
+    labels: tuple[str, ...] = Field(
+        (),
+        description="labels that were looked for in every image: what has no box is not there, and questions may say "
+        "so. With a detector, also what it looks for, besides the nouns of the texts",
+    )
+
+
+# -- instruction data -------------------------------------------------------------------------------------------------
+
+InstructKind = Literal["conversation", "detail", "complex", "grounding"]
+
+
+class InstructWriter(Section):
+    """Who writes conversations."""
+
+    kind: Literal["offline", "endpoint", "batch"] = Field(
+        "offline",
+        description="offline: composed from texts and boxes, by no model; endpoint: an OpenAI-compatible one; batch: "
+        "the Batch-file API of one",
+    )
+    name: str | None = Field(None, description="endpoint, batch: the model's name there")
+    revision: str | None = Field(None, description="part of its identity, not sent")
+    base_url: str | None = Field(None, description="endpoint, batch: up to and with /v1")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the endpoint's key")
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(1000, gt=0, description="of an answer")
+    answers: int = Field(2, gt=0, description="answers asked for, until one passes the checks")
+    concurrency: int = Field(200, gt=0, description="open requests a worker")
+    requests_per_minute: int | None = Field(None, gt=0, description="of the whole run; null: no limit")
+    tokens_per_minute: int | None = Field(None, gt=0, description="prompt and answer, of the whole run")
+    timeout_s: float = Field(120, gt=0, description="total deadline of one request")
+    retries: int = Field(4, ge=0, description="further attempts at an answer within one run, with growing pauses")
+    max_retry_wait_s: float = Field(60, ge=0, description="longest pause; a Retry-After above it defers")
+    batch_requests: int = Field(50_000, gt=0, description="batch: requests a file at most")
+
+
+class Price(Section):
+    """What a million tokens cost, in any currency."""
+
+    prompt: float = Field(0.0, ge=0)
+    completion: float = Field(0.0, ge=0)
+
+
+class Budget(Section):
+    """What a dataset's instruction data may cost, all runs together; null: no limit."""
+
+    tokens: int | None = Field(None, gt=0, description="prompt and answer tokens")
+    money: float | None = Field(None, gt=0, description="in the currency of price")
+
+
+class Instruct(Section):
+    """Which conversations are written of a kept pair, and by whom."""
+
+    kinds: dict[InstructKind, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict,
+        description="share of the images, by kind: {conversation: 1.0, detail: 0.4, complex: 1.0, grounding: 0.5}; "
+        "empty: none are written",
+    )
+    writer: InstructWriter = InstructWriter()
+    price: Price = Price()
+    budget: Budget = Budget()
+    max_texts: int = Field(5, gt=0, description="kept texts that the writer is told, by rank")
+    max_boxes: int = Field(30, gt=0, description="boxes that it is told, largest first")
 
 
 # -- keep -------------------------------------------------------------------------------------------------------------
@@ -337,6 +427,8 @@ class RunConfig(Section):
     models: Models = Models()
     caption: Caption = Caption()
     mix: Mix = Mix()
+    boxes: Boxes = Boxes()
+    instruct: Instruct = Instruct()
     keep: Keep = Keep()
     dedup: Dedup = Dedup()
     engine: Engine = Engine()

@@ -142,6 +142,59 @@ ITM_SCORE = pa.field("itm_score", pa.float32())
 CAPTION_ITM_SCORES = pa.field("caption_itm_scores", pa.list_(pa.float32()))
 """Probability that the image matches each of `CAPTIONS`; null for a null text."""
 
+# -- boxes ------------------------------------------------------------------------------------------------------------
+REGIONS = pa.field("regions", pa.list_(BOX))
+"""The boxes of `BOXES` in pixels of the *stored* image, clipped to it. Those that cannot be kept are in
+`REJECTED_BOXES`."""
+DETECTIONS = pa.field("detections", pa.list_(BOX))
+"""Boxes that a detector found: as `REGIONS`, best score first."""
+REJECTED_BOXES = pa.field(
+    "rejected_boxes",
+    pa.list_(pa.struct([pa.field("box", BOX), pa.field("reason", pa.string()), pa.field("detail", pa.string())])),
+)
+"""Boxes that came with the pair and are not in `REGIONS`, in pixels of the stored image, each with its reason."""
+CROWDED = pa.field("crowded", pa.list_(pa.string()))
+"""Labels of which the source says that some instances have no box of their own."""
+MASKS = pa.field(
+    "masks",
+    pa.list_(
+        pa.struct(
+            [
+                pa.field("box", pa.int32()),
+                pa.field("counts", pa.string()),
+                pa.field("area", pa.int64()),
+                pa.field("score", pa.float32()),
+            ]
+        )
+    ),
+)
+"""One mask a box, of `REGIONS` and then `DETECTIONS`: ``box`` is its position among these; ``counts`` is COCO's
+compressed run-length encoding over the stored image's height x width; ``area`` is in pixels; ``score`` is the model's
+own estimate of its IoU."""
+
+# -- instruction data -------------------------------------------------------------------------------------------------
+INSTRUCTION = pa.struct(
+    [
+        pa.field("kind", pa.string()),
+        pa.field("messages", pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())]))),
+        pa.field("boxes", pa.list_(BOX)),
+        pa.field("writer", pa.string()),
+        pa.field("prompt_digest", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("completion_tokens", pa.int32()),
+        pa.field("cost", pa.float64()),
+        pa.field("answers", pa.int32()),
+        pa.field("checks", pa.list_(pa.struct([pa.field("reason", pa.string()), pa.field("detail", pa.string())]))),
+        pa.field("reason", pa.string()),
+        pa.field("detail", pa.string()),
+    ]
+)
+"""One conversation, or why there is none: see `pairmill.instructions.Instruction`."""
+INSTRUCTIONS = pa.field("instructions", pa.list_(INSTRUCTION))
+"""The conversations of a pair, one of each kind that was asked for, in the order of `pairmill.instructions.KINDS`."""
+INSTRUCTED_RANKS = pa.field("instructed_ranks", pa.list_(pa.int32()))
+"""`TEXT_RANKS` as they were when `INSTRUCTIONS` were written: when other texts are kept they are written anew."""
+
 # -- dedup ------------------------------------------------------------------------------------------------------------
 NEIGHBOURS = pa.field(
     "neighbours", pa.list_(pa.struct([pa.field("uid", pa.string()), pa.field("similarity", pa.float32())]))

@@ -1,4 +1,4 @@
-"""The closed vocabulary of reasons for which a pair is not kept.
+"""The closed vocabulary of reasons for which a pair, a text, a box or a conversation is not kept.
 
 A reason reads ``family.what``; free text (a status line, a measured value) goes into the ``detail`` column beside it.
 """
@@ -74,6 +74,42 @@ class Reason(str, Enum):  # enum.StrEnum needs Python 3.11
     CAPTION_CUT_OFF = "caption.cut_off"
     CAPTION_EMPTY = "caption.empty"
 
+    # a box: rejected, its pair stays
+    BOX_NO_LABEL = "box.no_label"
+    BOX_NOT_FINITE = "box.not_finite"
+    BOX_DEGENERATE = "box.degenerate"
+    BOX_OUTSIDE = "box.outside"
+    BOX_TOO_SMALL = "box.too_small"
+    BOX_REPEATED = "box.repeated"
+
+    # the writer of instruction data; that conversation is left out, its pair stays.
+    # No answer (a later refresh asks again):
+    WRITER_RATE_LIMITED = "writer.rate_limited"
+    WRITER_SERVER_ERROR = "writer.server_error"
+    WRITER_TIMEOUT = "writer.timeout"
+    WRITER_CONNECTION = "writer.connection"
+    WRITER_BUDGET = "writer.budget"
+    WRITER_PENDING = "writer.pending"
+    # none that can be used:
+    WRITER_NOTHING_TO_SAY = "writer.nothing_to_say"
+    WRITER_REFUSED = "writer.refused"
+    WRITER_MALFORMED = "writer.malformed"
+    WRITER_CUT_OFF = "writer.cut_off"
+    WRITER_EMPTY = "writer.empty"
+    # or an answer that a check found fault with:
+    CHECK_TURNS = "check.turns"
+    CHECK_REPEATED = "check.repeated"
+    CHECK_LENGTH = "check.length"
+    CHECK_TOKENS = "check.tokens"
+    CHECK_WORDING = "check.wording"
+    CHECK_REFUSAL = "check.refusal"
+    CHECK_NUMBERS = "check.numbers"
+    CHECK_BOXES = "check.boxes"
+    CHECK_COUNT = "check.count"
+    CHECK_POSITION = "check.position"
+    CHECK_NOUN = "check.noun"
+    CHECK_LEAK = "check.leak"
+
     # scores
     CLIP_BELOW_THRESHOLD = "clip.below_threshold"
     CLIP_BELOW_QUANTILE = "clip.below_quantile"
@@ -108,6 +144,12 @@ DEFERRED = frozenset(
         Reason.CAPTION_SERVER_ERROR,
         Reason.CAPTION_TIMEOUT,
         Reason.CAPTION_CONNECTION,
+        Reason.WRITER_RATE_LIMITED,
+        Reason.WRITER_SERVER_ERROR,
+        Reason.WRITER_TIMEOUT,
+        Reason.WRITER_CONNECTION,
+        Reason.WRITER_BUDGET,
+        Reason.WRITER_PENDING,
     }
 )
 """Reasons that may pass with time: such a pair has status ``deferred`` and a later refresh may try it again."""

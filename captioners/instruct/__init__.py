@@ -1,0 +1,1 @@
+"""Instruction data: conversations about images, written from texts and boxes."""
