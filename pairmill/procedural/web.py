@@ -10,6 +10,8 @@ for, so 2,000 pairs cost nothing to set up.
         web.requests               # Counter: requests by URL
         web.change(urls)           # these URLs show something else from now on
 
+The list has boxes of most pictures' objects, a few of them faulty (`BoxFault`).
+
 The truth is never read by a pipeline; tests and the demo compare results with it.
 """
 
@@ -42,7 +44,7 @@ from PIL import Image
 
 from pairmill.procedural import junk
 from pairmill.procedural.captions import as_typed, describe, is_true
-from pairmill.procedural.scene import Scene, render, sample_scene
+from pairmill.procedural.scene import Box, Scene, SceneObject, render, sample_scene
 
 
 class Kind(str, Enum):
@@ -117,6 +119,27 @@ PROPORTIONS: Mapping[Kind, float] = {
     Kind.COPY_RECAPTIONED: 0.02,
 }
 """The share of each kind; what is left is `Kind.TRUE`."""
+
+WITHOUT_BOXES = 0.2
+"""Share of the rows that show a scene and come without boxes."""
+
+FAULTY_BOXES = 0.04
+"""Share of the rows that show a scene and come with a box that is none."""
+
+
+class BoxFault(str, Enum):
+    """What is wrong with a box of the list."""
+
+    OUTSIDE = "outside"
+    """It lies beside the picture."""
+    SWAPPED = "swapped"
+    """Its corners are exchanged: x1 > x2 and y1 > y2."""
+    NOT_FINITE = "not_finite"
+    """A corner is NaN."""
+    UNLABELLED = "unlabelled"
+    STALE = "stale"
+    """It was right for what the URL showed before (`ProceduralWeb.change`)."""
+
 
 _CONTENT_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -204,6 +227,24 @@ def decode(data: bytes) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class ListedBox:
+    """A box as the list has it.
+
+    Args:
+        label: the object's words: "large red circle", "red circle" or "circle", alike within a row.
+        x1, y1, x2, y2: pixels of the upright picture that is served, hundredths.
+        fault: what is wrong with it; None for a true box.
+    """
+
+    label: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    fault: BoxFault | None = None
+
+
+@dataclass(frozen=True)
 class WebRow:
     """One row of the list and the truth about it.
 
@@ -216,6 +257,8 @@ class WebRow:
         text_is_true: the oracle's answer for the text and the served scene (a text outside the grammar is not
             true); False for a blank picture; None where no picture is served.
         duplicate_of_url: for a copy, the URL of the row whose picture it copies.
+        boxes: what the list says of the picture's objects; None where it says nothing. A true list has a box of each
+            object; where one is faulty, that object may have no other.
     """
 
     url: str
@@ -227,6 +270,7 @@ class WebRow:
     scene: Scene | None
     text_is_true: bool | None
     duplicate_of_url: str | None
+    boxes: tuple[ListedBox, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,6 +340,7 @@ def make_rows(
                 draft.scene,
                 truth,
                 original,
+                _listed_boxes(draft, random.Random(f"boxes:{seed}:{paths[place]}")),
             )
         )
     return tuple(rows)
@@ -305,6 +350,46 @@ def _path(seed: int, rank: int, draft: _Draft) -> str:
     token = hashlib.sha256(f"{seed}:{rank}".encode()).hexdigest()[:16]
     suffix = "jpg" if draft.picture is None else _SUFFIXES[draft.picture.format]
     return f"/images/{token}.{suffix}"
+
+
+def _listed_boxes(draft: _Draft, rng: random.Random) -> tuple[ListedBox, ...] | None:
+    """The list's boxes of a row, with a chance of their own: they change nothing else of the web."""
+    if draft.scene is None or draft.picture is None or rng.random() < WITHOUT_BOXES:
+        return None
+    scene, side = draft.scene, draft.picture.side
+    width, height = scene.width, scene.height
+    if side is not None:
+        width, height = (round(s * side / max(scene.width, scene.height)) for s in (width, height))
+    words = rng.choice((("size", "colour", "shape"), ("size", "colour", "shape"), ("colour", "shape"), ("shape",)))
+    found = [
+        _listed_box(thing, box, words) for thing, box in zip(scene.objects, scene.boxes(width, height), strict=True)
+    ]
+    rng.shuffle(found)
+    if rng.random() < FAULTY_BOXES:
+        fault = rng.choice((BoxFault.OUTSIDE, BoxFault.SWAPPED, BoxFault.NOT_FINITE, BoxFault.UNLABELLED))
+        place = rng.randrange(len(found))
+        bad = _faulty(found[place], fault, width)
+        if rng.random() < 0.5:
+            found[place] = bad
+        else:
+            found.insert(place, bad)
+    return tuple(found)
+
+
+def _listed_box(thing: SceneObject, box: Box, words: Sequence[str]) -> ListedBox:
+    label = " ".join(getattr(thing, word) for word in words)
+    x1, y1, x2, y2 = (round(edge, 2) for edge in box)
+    return ListedBox(label, x1, y1, x2, y2)
+
+
+def _faulty(box: ListedBox, fault: BoxFault, width: int) -> ListedBox:
+    if fault is BoxFault.OUTSIDE:
+        return replace(box, x1=box.x1 + width, x2=box.x2 + width, fault=fault)
+    if fault is BoxFault.SWAPPED:
+        return replace(box, x1=box.x2, y1=box.y2, x2=box.x1, y2=box.y1, fault=fault)
+    if fault is BoxFault.NOT_FINITE:
+        return replace(box, x2=math.nan, fault=fault)
+    return replace(box, label=" ", fault=fault)
 
 
 def _sample_picture(rng: random.Random, scene: Scene | None = None) -> Picture:
@@ -396,6 +481,13 @@ def _crop_side(before: float, after: float, side: int, rng: random.Random) -> tu
     return int(min(first, before)), int(min(total - first, after))
 
 
+_BOXES = pa.list_(pa.struct([("label", pa.string()), *((edge, pa.float64()) for edge in ("x1", "y1", "x2", "y2"))]))
+
+
+def _box_record(box: ListedBox) -> dict[str, str | float]:
+    return {"label": box.label, "x1": box.x1, "y1": box.y1, "x2": box.x2, "y2": box.y2}
+
+
 class ProceduralWeb:
     """The web and its server, a context manager.
 
@@ -471,12 +563,19 @@ class ProceduralWeb:
         self._listener.close()
 
     def write(self, folder: Path | str) -> None:
-        """Write `urls.parquet` (url, text, page) and `truth.parquet` (url, text, scene, text_is_true, kind,
-        duplicate_of_url) into the folder, rows in the list's order."""
+        """Write `urls.parquet` (url, text, page, boxes) and `truth.parquet` (url, text, scene, text_is_true, kind,
+        duplicate_of_url, box_faults) into the folder, rows in the list's order.
+
+        ``boxes`` are structs of label, x1, y1, x2, y2 in pixels of the served picture; ``box_faults`` has a
+        `BoxFault` or null for each of them.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = pa.string()
         urls = {name: pa.array([getattr(row, name) for row in self.rows], text) for name in ("url", "text", "page")}
+        urls["boxes"] = pa.array(
+            [None if row.boxes is None else [_box_record(box) for box in row.boxes] for row in self.rows], _BOXES
+        )
         pq.write_table(pa.table(urls), folder / "urls.parquet")
         truth = {
             "url": urls["url"],
@@ -485,6 +584,13 @@ class ProceduralWeb:
             "text_is_true": pa.array([row.text_is_true for row in self.rows], pa.bool_()),
             "kind": pa.array([row.kind.value for row in self.rows], text),
             "duplicate_of_url": pa.array([row.duplicate_of_url for row in self.rows], text),
+            "box_faults": pa.array(
+                [
+                    None if row.boxes is None else [box.fault and box.fault.value for box in row.boxes]
+                    for row in self.rows
+                ],
+                pa.list_(text),
+            ),
         }
         pq.write_table(pa.table(truth), folder / "truth.parquet")
 
@@ -492,10 +598,11 @@ class ProceduralWeb:
         """Serve another scene at these URLs from now on: the ones given, or drawn from the seed, the path and how often
         the URL changed before.
 
-        `rows` and what `write` writes follow: picture, scene and truth are those of the new scene, while URL and text
-        stay (so a text that was true is now false, unless the scene given says otherwise). A copy is no copy any more,
-        and a row that was true or false to its picture is what it is now, `Kind.TRUE` or `Kind.MISMATCHED`. Copies of
-        a changed row stay as they are: their `duplicate_of_url` says where they came from.
+        `rows` and what `write` writes follow: picture, scene and truth are those of the new scene, while URL, text and
+        boxes stay (so a text that was true is now false, unless the scene given says otherwise, and boxes are stale).
+        A copy is no copy any more, and a row that was true or false to its picture is what it is now, `Kind.TRUE` or
+        `Kind.MISMATCHED`. Copies of a changed row stay as they are: their `duplicate_of_url` says where they came
+        from.
 
         Returns:
             The changed rows, in the order given.
@@ -525,7 +632,10 @@ class ProceduralWeb:
         if kind.is_copy or kind in (Kind.TRUE, Kind.MISMATCHED):
             kind = Kind.TRUE if truth else Kind.MISMATCHED
         picture = Picture(scene, old.format, old.quality, side=old.side)
-        return replace(row, kind=kind, picture=picture, scene=scene, text_is_true=truth, duplicate_of_url=None)
+        boxes = row.boxes and tuple(replace(box, fault=box.fault or BoxFault.STALE) for box in row.boxes)
+        return replace(
+            row, kind=kind, picture=picture, scene=scene, text_is_true=truth, duplicate_of_url=None, boxes=boxes
+        )
 
     def _run(self, ready: threading.Event) -> None:
         asyncio.run(self._serve(ready))

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pairmill.procedural.captions import is_true
 from pairmill.procedural.scene import Scene, render
 from pairmill.procedural.web import (
+    FAULTY_BOXES,
     PROPORTIONS,
+    WITHOUT_BOXES,
+    BoxFault,
     Kind,
     ProceduralWeb,
     counts_by_kind,
@@ -213,8 +217,8 @@ def test_parquet_files(fetched):
     web, folder, _ = fetched
     urls = pq.read_table(folder / "urls.parquet")
     truth = pq.read_table(folder / "truth.parquet")
-    assert urls.column_names == ["url", "text", "page"]
-    assert truth.column_names == ["url", "text", "scene", "text_is_true", "kind", "duplicate_of_url"]
+    assert urls.column_names == ["url", "text", "page", "boxes"]
+    assert truth.column_names == ["url", "text", "scene", "text_is_true", "kind", "duplicate_of_url", "box_faults"]
     assert urls["url"].to_pylist() == truth["url"].to_pylist() == [row.url for row in web.rows]
     for row, record in zip(web.rows, truth.to_pylist(), strict=True):
         assert record["kind"] == row.kind.value
@@ -222,6 +226,66 @@ def test_parquet_files(fetched):
         if record["scene"] is not None:
             assert Scene.from_json(record["scene"]) == row.scene
             assert all("box" in entry for entry in json.loads(record["scene"])["objects"])
+    for row, boxes, faults in zip(web.rows, urls["boxes"].to_pylist(), truth["box_faults"].to_pylist(), strict=True):
+        if row.boxes is None:
+            assert boxes is faults is None
+            continue
+        assert [(box["label"], *(repr(box[edge]) for edge in ("x1", "y1", "x2", "y2"))) for box in boxes] == [
+            (box.label, *map(repr, (box.x1, box.y1, box.x2, box.y2))) for box in row.boxes
+        ]
+        assert faults == [box.fault and box.fault.value for box in row.boxes]
+
+
+def test_boxes_are_those_of_the_served_picture(rows):
+    """Each true box has its object's words, colour and place in the bytes that are served, copies and tiny ones too."""
+    seen = Counter()
+    for row in rows:
+        if row.scene is None:
+            assert row.boxes is None
+            continue
+        if row.boxes is None:
+            seen["none"] += 1
+            continue
+        faulty = [box for box in row.boxes if box.fault]
+        assert len(row.boxes) - len(row.scene.objects) in ((0, 1) if faulty else (0,))
+        seen["faulty"] += len(faulty)
+        picture = decode(served_bytes(row)) if sum(seen.values()) % 5 == 0 or row.kind is not Kind.TRUE else None
+        for box in row.boxes:
+            if box.fault or picture is None:
+                continue
+            scale = picture.width / row.scene.width
+            middle = ((box.x1 + box.x2) / 2 / scale, (box.y1 + box.y2) / 2 / scale)
+            thing = min(row.scene.objects, key=lambda thing: math.dist((thing.x, thing.y), middle))
+            assert math.dist((thing.x, thing.y), middle) < 0.2 * thing.extent
+            assert box.label == f"{thing.size} {thing.colour} {thing.shape}"[-len(box.label) :]
+            assert 0 <= box.x1 < box.x2 <= picture.width + 0.01 and 0 <= box.y1 < box.y2 <= picture.height + 0.01
+            if row.kind is not Kind.TINY:
+                inside = np.asarray(picture.crop(tuple(map(round, (box.x1, box.y1, box.x2, box.y2)))), dtype=int)
+                fill = np.abs(inside - np.asarray(thing.rgb)).max(axis=2) < 60
+                assert fill.mean() > 0.15, row
+                for edge in (fill[:8], fill[-8:], fill[:, :8], fill[:, -8:]):
+                    assert edge.any(), "the box is tight"
+        seen[row.kind] += 1
+    scenes = sum(row.scene is not None for row in rows)
+    assert seen["none"] / scenes == pytest.approx(WITHOUT_BOXES, abs=0.04)
+    assert seen["faulty"] / scenes == pytest.approx(FAULTY_BOXES, abs=0.02)
+    assert all(seen[kind] for kind in Kind if kind.is_copy)
+
+
+def test_faulty_boxes_are_none_of_the_picture():
+    faults = Counter()
+    for row in make_rows(1500, 8, "127.0.0.1", 80):
+        for box in row.boxes or ():
+            faults[box.fault] += 1
+            if box.fault is BoxFault.OUTSIDE:
+                assert box.x1 >= row.scene.width or row.kind is Kind.TINY
+            elif box.fault is BoxFault.SWAPPED:
+                assert box.x1 > box.x2 and box.y1 > box.y2
+            elif box.fault is BoxFault.NOT_FINITE:
+                assert math.isnan(box.x2)
+            elif box.fault is BoxFault.UNLABELLED:
+                assert not box.label.strip()
+    assert set(faults) == {None, *BoxFault} - {BoxFault.STALE}
 
 
 def get(url, **conditions):
@@ -276,6 +340,8 @@ def test_changed_urls_show_another_scene(tmp_path):
         for old, new in zip(picked, changed, strict=True):
             assert (new.url, new.text, new.page) == (old.url, old.text, old.page)
             assert new.scene != old.scene
+            assert new.boxes is None or {box.fault for box in new.boxes} <= set(BoxFault)
+            assert [(b.label, b.x2) for b in new.boxes or ()] == [(b.label, b.x2) for b in old.boxes or ()]
             assert new.text_is_true is bool(is_true(new.text, new.scene)) is False
             assert new.duplicate_of_url is None
             status, etag, modified, body = get(new.url, If_None_Match=before[new.url][1])
