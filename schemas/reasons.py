@@ -75,12 +75,14 @@ class Reason(str, Enum):  # enum.StrEnum needs Python 3.11
     CAPTION_EMPTY = "caption.empty"
 
     # a box: rejected, its pair stays
+    BOX_MALFORMED = "box.malformed"
     BOX_NO_LABEL = "box.no_label"
     BOX_NOT_FINITE = "box.not_finite"
     BOX_DEGENERATE = "box.degenerate"
     BOX_OUTSIDE = "box.outside"
     BOX_TOO_SMALL = "box.too_small"
     BOX_REPEATED = "box.repeated"
+    BOX_SIZE_MISMATCH = "box.size_mismatch"
 
     # the writer of instruction data; that conversation is left out, its pair stays.
     # No answer (a later refresh asks again):
