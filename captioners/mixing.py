@@ -341,6 +341,7 @@ class MixTexts(_Mixing, Verdict):
     """Chooses among the texts of each pair by thresholds; see `mix_step`."""
 
     name = "mix"
+    outcomes = (fields.TEXT_RANKS.name,)
 
     def judge(self, rows: pa.Table) -> Judgement:
         """Judge rows on their own."""
@@ -353,6 +354,7 @@ class MixTextsByShare(_Mixing, GlobalVerdict):
     """The same where a condition is a share of all live rows' web texts; see `mix_step`."""
 
     name = "mix"
+    outcomes = (fields.TEXT_RANKS.name,)
 
     def judge(self, live: pa.Table) -> Judgement:
         """Judge all live rows."""

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairmill.errors import ContractError
-from pairmill.plan import PAIR_COLUMNS, Group, Plan, PlannedStep
+from pairmill.plan import OUTCOMES, PAIR_COLUMNS, Group, Plan, PlannedStep, read_outcomes
 from pairmill.stage import (
     Batch,
     ErrorBudget,
@@ -109,6 +109,7 @@ class Frame:
         self._plan = plan
         self._files = {table: list(found) for table, found in files.items()}
         self._parts: dict[str, _Part] = {}
+        self._outcomes: dict[str, pa.ChunkedArray] = {}
         self._pairs: dict[str, pa.ChunkedArray] = {}
         self._load_pairs(("uid", "reason", "detail", "refresh", "shard"))
         self.uid = self._pairs["uid"]
@@ -151,10 +152,22 @@ class Frame:
         """Which rows the table has: booleans, one a row of the base."""
         return self.part(table).position >= 0
 
+    def tell(self, outcomes: Mapping[str, pa.ChunkedArray]) -> None:
+        """What verdicts made of texts: columns with one value a row of the base, which stages may then read."""
+        self._outcomes.update(outcomes)
+
     def column(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
-        """Any column of the plan, for some rows."""
+        """Any column of the plan, for some rows.
+
+        Raises:
+            ContractError: an outcome of verdicts that was not told.
+        """
         if name in PAIR_COLUMNS:
             return self.pairs_column(name).take(pa.array(rows))
+        if name in OUTCOMES:
+            if name not in self._outcomes:
+                raise ContractError(f"{name!r} is read, but no verdict has told it")
+            return self._outcomes[name].take(pa.array(rows))
         return self.part(self._plan.columns[name]).take(name, rows)
 
     def table(self, names: Sequence[str], rows: np.ndarray) -> pa.Table:
@@ -163,7 +176,7 @@ class Frame:
         self._load_pairs(name for name in wanted if name in PAIR_COLUMNS)
         by_table: dict[str, list[str]] = {}
         for name in wanted:
-            if name not in PAIR_COLUMNS:
+            if name not in PAIR_COLUMNS and name not in OUTCOMES:
                 by_table.setdefault(self._plan.columns[name], []).append(name)
         for table, columns in by_table.items():
             self.part(table).load(columns)
@@ -384,6 +397,9 @@ class Unit:
     """How often files were taken out of each table (`Table.removals`)."""
     wanted: list[int] = field(default_factory=list)
     """Stages, by their index in the plan, that may have rows to compute in this shard."""
+    outcomes: dict[str, list[Any]] = field(default_factory=dict)
+    """What verdicts before the segment made of texts, one value a row of the shard's pairs file, by column; only those
+    that its stages read."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """Files to commit: `DataFile` with ``table``."""
     computed: dict[str, int] = field(default_factory=dict)
@@ -410,6 +426,9 @@ class Unit:
 def pack(live: np.ndarray) -> str:
     """Booleans as hex."""
     return np.packbits(live).tobytes().hex()
+
+
+_OUTCOME_TYPES = {f.name: f.type for f in (fields.TEXT_RANKS,)}
 
 
 def unpack(text: str, rows: int) -> np.ndarray:
@@ -496,12 +515,15 @@ class Worker:
         plan = self.job.plan
         files = {table: [DataFile(**f) for f in found] for table, found in unit.files.items()}
         frame = Frame(self._dataset, plan, files)
+        frame.tell(
+            {name: pa.chunked_array([pa.array(values, _OUTCOME_TYPES[name])]) for name, values in unit.outcomes.items()}
+        )
         live = unpack(unit.live, len(frame))
         outputs = list(unit.outputs)
         names = {}
         for planned in self._group.steps:
             if planned.table is not None:
-                adopted, names[planned.index] = self._adopt(planned.table, unit, files)
+                adopted, names[planned.index] = self._adopt(planned, unit, files)
                 for file in adopted:
                     frame.adopt(planned.table, file)
                     outputs.append({"table": planned.table, **asdict(file)})
@@ -536,17 +558,20 @@ class Worker:
             errors={**unit.errors, **walk.errors},
         )
 
-    def _adopt(self, table: str, unit: Unit, files: dict[str, list[DataFile]]) -> tuple[list[DataFile], str]:
+    def _adopt(self, planned: PlannedStep, unit: Unit, files: dict[str, list[DataFile]]) -> tuple[list[DataFile], str]:
         """Files that an interrupted run finished for this very work but did not commit, and a name for the next one.
 
-        A name says what the work is: which pairs, who of them is live, what the table holds already, and how often
-        something was taken out of it. So the same work has the same name in every run, and other work never finds the
-        file.
+        A name says what the work is: which pairs, who of them is live, what verdicts made of their texts where the
+        stage reads that, what the table holds already, and how often something was taken out of it. So the same work
+        has the same name in every run, and other work never finds the file.
         """
+        table = planned.table
+        assert table is not None
         adopted: list[DataFile] = []
         known = [f.relative for f in files.get(table, [])]
         pairs = sorted(f.relative for f in files.get(PAIRS_TABLE, []))
-        work = [pairs, unit.live, unit.removals.get(table, 0)]
+        work: list[Any] = [pairs, unit.live, unit.removals.get(table, 0)]
+        work += [unit.outcomes[name] for name in read_outcomes(planned.step)]
         while True:
             name = "part-" + hashlib.sha256(json.dumps([*work, sorted(known)]).encode()).hexdigest()[:16]
             found = existing_file(self._dataset, table, unit.shard, name)
@@ -640,6 +665,20 @@ class _Walk:
         return pa.concat_tables(outputs)
 
 
+def outdated(plan: Plan, frame: Frame, planned: PlannedStep, *, retry: bool) -> np.ndarray:
+    """The rows that a stage's table has and that are to be measured anew (`Stage.outdated`): positions in the frame.
+    Rows before which another stage still has work to do are left out: nothing is known of them yet."""
+    step, table = planned.step, planned.table
+    if table is None or not isinstance(step, Stage) or not step.revises or not frame.files(table):
+        return np.empty(0, np.int64)
+    state = replay(plan, frame, planned.index)
+    rows = state.rows()
+    rows = rows[frame.present(table)[rows]]
+    frame.tell(state.texts.columns())
+    mask = step.outdated(frame.table(step.revises, rows), retry=retry)
+    return rows[pc.fill_null(mask, False).to_numpy(zero_copy_only=False)]
+
+
 def units_to_do(plan: Plan, segment: int, frame: Frame) -> Iterator[Unit]:
     """One unit for each shard that has rows to compute in a segment of map stages."""
     steps = plan.segments[segment].steps
@@ -653,14 +692,21 @@ def units_to_do(plan: Plan, segment: int, frame: Frame) -> Iterator[Unit]:
     before = replay(plan, frame, first)
     wanted = (PAIRS_TABLE, *plan.tables[: sum(s.table is not None for s in plan.steps[: steps[-1].index + 1])])
     lacking = {s.index: todo & ~frame.present(s.table) for s in steps if s.table is not None}
-    return units_of(frame, wanted, before.live, todo, lacking)
+    read = {name for s in steps for name in read_outcomes(s.step)}
+    outcomes = {name: column for name, column in before.texts.columns().items() if name in read}
+    return units_of(frame, wanted, before.live, todo, lacking, outcomes)
 
 
 def units_of(
-    frame: Frame, tables: Sequence[str], live: np.ndarray, todo: np.ndarray, lacking: Mapping[int, np.ndarray]
+    frame: Frame,
+    tables: Sequence[str],
+    live: np.ndarray,
+    todo: np.ndarray,
+    lacking: Mapping[int, np.ndarray],
+    outcomes: Mapping[str, pa.ChunkedArray] | None = None,
 ) -> Iterator[Unit]:
     """One unit for each shard with a row in `todo`, with the files of `tables` and who of its rows is live. `lacking`:
-    rows that a stage, by its index, may have to compute."""
+    rows that a stage, by its index, may have to compute. `outcomes`: what verdicts made of texts, for all rows."""
     shards = frame.pairs_column("shard").to_numpy()
     by_shard: dict[int, dict[str, list[dict[str, Any]]]] = {}
     removals = {table: frame.removals(table) for table in tables}
@@ -670,4 +716,5 @@ def units_of(
     for shard in np.unique(shards[todo]).tolist():
         low, high = np.searchsorted(shards, [shard, shard + 1])  # pairs files are listed by shard
         wanted = [index for index, rows in lacking.items() if rows[low:high].any()]
-        yield Unit(shard, pack(live[low:high]), by_shard[shard], removals, wanted)
+        told = {name: column.slice(low, high - low).to_pylist() for name, column in (outcomes or {}).items()}
+        yield Unit(shard, pack(live[low:high]), by_shard[shard], removals, wanted, told)

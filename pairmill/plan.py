@@ -12,7 +12,7 @@ from typing import Literal
 
 from pairmill.errors import PlanError
 from pairmill.stage import GlobalStage, GlobalVerdict, Resources, Stage, Step, Verdict
-from pairmill.store import PAIRS_TABLE
+from pairmill.store import LEDGER_TABLE, PAIRS_TABLE
 from schemas import fields
 from schemas.config import Section
 
@@ -20,6 +20,9 @@ Kind = Literal["stage", "verdict", "global stage", "global verdict"]
 
 PAIR_COLUMNS = (*(f.name for f in fields.PAIRS if f.name not in ("reason", "detail")), fields.SHARD.name)
 """Columns every step may read: those of the pairs table."""
+
+OUTCOMES = (fields.TEXT_RANKS.name,)
+"""Columns of the ledger that a stage may read where a verdict before it has them among its outcomes."""
 
 RESERVED = frozenset({"uid", "shard", "reason", "detail"})
 
@@ -112,10 +115,15 @@ def compile_plan(recipe: Recipe) -> Plan:
     columns = dict.fromkeys(PAIR_COLUMNS, PAIRS_TABLE)
     fingerprints = dict.fromkeys(PAIR_COLUMNS, PAIRS_TABLE)
     planned = []
+    outcomes: set[str] = set()
     for index, step in enumerate(recipe.steps):
         kind = _kind(step)
         for column in step.reads:
-            _check_readable(step, kind, column, columns, writers)
+            if column in outcomes and kind == "stage":
+                fingerprints[column] = LEDGER_TABLE
+            else:
+                _check_readable(step, kind, column, columns, writers)
+        outcomes |= set(step.outcomes)
         fingerprint = table = None
         if isinstance(step, (Stage, GlobalStage)):
             fingerprint = step.fingerprint([fingerprints[c] for c in step.reads])
@@ -193,6 +201,8 @@ def _cut(steps: list[PlannedStep]) -> tuple[Segment, ...]:
             segments.append(Segment(global_step=planned))
         elif isinstance(step, Stage):
             wanted = step.resources
+            if read_outcomes(step):
+                close()  # what verdicts made of texts is told by the driver, with each unit
             only_verdicts = bool(groups) and all(s.kind == "verdict" for s in groups[-1])
             if groups and (only_verdicts or _place(resources[-1]) == _place(wanted)):
                 if only_verdicts:
@@ -208,6 +218,11 @@ def _cut(steps: list[PlannedStep]) -> tuple[Segment, ...]:
             resources.append(Resources())
     close()
     return tuple(segments)
+
+
+def read_outcomes(step: Step) -> list[str]:
+    """The columns of the ledger that a stage reads (`Step.outcomes`)."""
+    return [column for column in step.reads if column in OUTCOMES]
 
 
 def _place(resources: Resources) -> tuple[float, float, int]:

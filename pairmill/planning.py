@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairmill.admission import Admission, admit
-from pairmill.execute import Frame, State, replay, table_files
+from pairmill.execute import Frame, State, outdated, replay, table_files
 from pairmill.plan import Plan, PlannedStep, model_identities
 from pairmill.report.progress import Reporter
 from pairmill.retry import due, known_attempts, utc_now
@@ -24,6 +24,8 @@ NEW = "new"
 """Pairs that no snapshot has yet."""
 RETRY = "retry"
 """Deferred pairs whose time has come."""
+ANEW = "to be done anew"
+"""Pairs that have a row, which is outdated: other texts are kept now, or an answer is to be asked for again."""
 NEWLY_LIVE = "newly live"
 """Pairs that an earlier step dropped, and drops no longer."""
 
@@ -54,10 +56,11 @@ def make_plan(config: RunConfig, plan: Plan, reporter: Reporter, *, retry_deferr
     last = records[-1] if records else None
     retried = due(known_attempts(dataset), config.retry, utc_now(), everything=retry_deferred)
     again = _hide(frame, plan, retried)
+    anew = _hide_outdated(frame, plan)
     state = replay(plan, frame)
     refresh = frame.pairs_column("refresh").to_numpy()
     new = refresh > (last.refresh if last else 0)
-    steps = [_entry(planned, plan, frame, state, new, again, last, admission) for planned in plan.steps]
+    steps = [_entry(planned, plan, frame, state, new, again, anew, last, admission) for planned in plan.steps]
     return PlanReport(
         steps,
         admission.new,
@@ -86,6 +89,18 @@ def _hide(frame: Frame, plan: Plan, uids: set[str]) -> np.ndarray:
     return again
 
 
+def _hide_outdated(frame: Frame, plan: Plan) -> dict[int, np.ndarray]:
+    """Let the frame look as if outdated rows had been taken out; which rows these are, by stage."""
+    found = {}
+    for planned in plan.steps:
+        rows = outdated(plan, frame, planned, retry=True)
+        if len(rows):
+            assert planned.table is not None
+            frame.part(planned.table).position[rows] = -1
+            found[planned.index] = rows
+    return found
+
+
 def _entry(
     planned: PlannedStep,
     plan: Plan,
@@ -93,6 +108,7 @@ def _entry(
     state: State,
     new: np.ndarray,
     again: np.ndarray,
+    anew: Mapping[int, np.ndarray],
     last: SnapshotRecord | None,
     admission: Admission,
 ) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def _entry(
     # rows that wait for an earlier step reach this one unless something drops them
     earlier = set().union(*(rows.tolist() for index, rows in state.todo.items() if index < planned.index))
     may_come = np.array(sorted(set(waiting.tolist()) & earlier), np.int64)
-    why = _why(planned, plan, todo, present, new, again, last)
+    why = _why(planned, plan, todo, present, new, again, anew, last)
     at_most = len(todo) + len(may_come) + admission.new
     return {
         **entry,
@@ -131,14 +147,18 @@ def _why(
     present: np.ndarray,
     new: np.ndarray,
     again: np.ndarray,
+    anew: Mapping[int, np.ndarray],
     last: SnapshotRecord | None,
 ) -> dict[str, int]:
+    outdated = np.isin(todo, anew.get(planned.index, ()))
     counts = {
-        RETRY: int(again[todo].sum()),
-        NEW: int((new[todo] & ~again[todo]).sum()),
+        RETRY: int((again[todo] & ~outdated).sum()),
+        ANEW: int(outdated.sum()),
+        NEW: int((new[todo] & ~again[todo] & ~outdated).sum()),
     }
     rest = len(todo) - sum(counts.values())
-    counts[_changed(planned, plan, last) if not present.any() else NEWLY_LIVE] = rest
+    there = present.any() or outdated.any()
+    counts[NEWLY_LIVE if there else _changed(planned, plan, last)] = rest
     return {reason: rows for reason, rows in counts.items() if rows}
 
 
@@ -156,7 +176,7 @@ def _changed(planned: PlannedStep, plan: Plan, last: SnapshotRecord | None) -> s
     if models != before:
         return "model changed"
     changed = {t.rsplit("-", 1)[0] for t in plan.tables if t not in last.tables}
-    upstream = {plan.columns[c].rsplit("-", 1)[0] for c in planned.step.reads}
+    upstream = {plan.columns[c].rsplit("-", 1)[0] for c in planned.step.reads if c in plan.columns}
     if behind := sorted(changed & upstream - {planned.name}):
         return f"{', '.join(behind)} changed"
     return "parameters changed"

@@ -37,7 +37,7 @@ _RETRIES = ("attempts", "retry_at")
 """Columns of the ledger that older datasets lack."""
 _NAMED = ("width", "height", "sha256", "clip_score", "itm_score")
 """Columns that ``pairs`` always has, null where the recipe does not measure them."""
-_INSTRUCTIONS = "uid VARCHAR, kind VARCHAR, messages VARCHAR, writer VARCHAR, prompt_digest VARCHAR"
+_INSTRUCTION = tuple(f.name for f in fields.INSTRUCTION if f.name != "kind")
 
 
 def query(snapshot: Snapshot, sql: str) -> pa.Table:
@@ -107,7 +107,7 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     ``boxes``
         one row a box, in pixels of the stored image, clipped to it; boxes outside of it (cropped away) are left out
     ``instructions``
-        empty
+        one row a conversation that was asked for of a kept pair; a reason says why there is none
     ``snapshots``
         one row a published snapshot
 
@@ -179,7 +179,7 @@ class _Views:
         self._images()
         self._history()
         self._boxes()
-        self._connection.execute(f"CREATE TABLE instructions ({_INSTRUCTIONS})")
+        self._instructions()
         self._snapshots()
 
     def _table(self, name: str) -> None:
@@ -330,6 +330,23 @@ class _Views:
                 ) WHERE x2 > x1 AND y2 > y1""",
         )
 
+    def _instructions(self) -> None:
+        table = self._table_of(fields.INSTRUCTIONS)
+        if table is None:
+            shown = ", ".join(f"NULL::{_as_sql(fields.INSTRUCTION.field(n).type)} AS {n}" for n in _INSTRUCTION)
+            self._view(
+                "instructions",
+                f"SELECT uid, NULL::VARCHAR AS id, NULL::VARCHAR AS kind, {shown}, shard "
+                f"FROM store.{PAIRS_TABLE} WHERE false",
+            )
+            return
+        self._view(
+            "instructions",
+            f"""SELECT uid, uid || '-' || c.kind AS id, c.kind AS kind,
+                {", ".join(f"c.{n} AS {n}" for n in _INSTRUCTION)}, shard FROM (SELECT i.uid, i.shard, unnest(i.instructions) AS c FROM store.{_name(table)} i
+                JOIN store.{LEDGER_TABLE} l ON l.uid = i.uid AND l.shard = i.shard WHERE l.status = 'kept')""",
+        )
+
     def _snapshots(self) -> None:
         rows = [record.to_row() for record in self._snapshot.dataset.snapshots()]
         self._connection.register("records", pa.Table.from_pylist(rows, schema=SNAPSHOTS))
@@ -393,6 +410,7 @@ _SQL_TYPES = {
     pa.int32(): "INTEGER",
     pa.int64(): "BIGINT",
     pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
 }
 
 
@@ -401,8 +419,16 @@ def _known_fields() -> dict[str, pa.Field]:
 
 
 def _sql_type(column: str) -> str:
-    kind = _known_fields()[column].type
-    return f"{_SQL_TYPES[kind.value_type]}[]" if pa.types.is_list(kind) else _SQL_TYPES[kind]
+    return _as_sql(_known_fields()[column].type)
+
+
+def _as_sql(kind: pa.DataType) -> str:
+    """An Arrow type as DuckDB writes it."""
+    if pa.types.is_list(kind):
+        return f"{_as_sql(kind.value_type)}[]"
+    if pa.types.is_struct(kind):
+        return f"STRUCT({', '.join(f'{_name(f.name)} {_as_sql(f.type)}' for f in kind)})"
+    return _SQL_TYPES[kind]
 
 
 def _is_scalar(sql_type: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +118,23 @@ def take_out(dataset: Dataset, plan: Plan, uids: set[str], known: Mapping[str, A
                     new += [rest] if rest is not None else []
         if old:
             table.commit(new, remove=old)
+
+
+def take_out_rows(dataset: Dataset, name: str, schema: pa.Schema, uids: pa.Array, shards: AbstractSet[int]) -> None:
+    """Take the rows of these pairs out of a table, so that they are work to do; they lie in these shards."""
+    table = dataset.table(name, schema)
+    old: list[DataFile] = []
+    new: list[DataFile] = []
+    for file in table.files():
+        if file.shard in shards:
+            rest, gone = without_rows(
+                dataset, name, file, schema, lambda rows: pc.is_in(rows.column("uid"), value_set=uids)
+            )
+            if gone:
+                old.append(file)
+                new += [rest] if rest is not None else []
+    if old:
+        table.commit(new, remove=old)
 
 
 def _shards_with(dataset: Dataset, files: list[DataFile], schema: pa.Schema, deferred: pa.Array) -> set[int]:

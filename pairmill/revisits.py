@@ -284,7 +284,7 @@ def _dependents(plan: Plan, source: PlannedStep) -> set[str]:
     """The tables whose stages read, directly or through others, what a stage writes."""
     found = {source.table}
     for planned in plan.steps:
-        if planned.table is not None and any(plan.columns[c] in found for c in planned.step.reads):
+        if planned.table is not None and any(plan.columns.get(c) in found for c in planned.step.reads):
             found.add(planned.table)
     return {t for t in found if t is not None and t != source.table}
 

@@ -28,6 +28,7 @@ from pairmill.execute import (
     State,
     Unit,
     counted,
+    outdated,
     replay,
     sorted_by_uid,
     table_files,
@@ -194,6 +195,8 @@ class _Refresh:
     budgets: dict[str, ErrorBudget] = field(default_factory=dict)
     retried: set[str] = field(default_factory=set)
     """Deferred pairs that this run tries again."""
+    revised: set[str] = field(default_factory=set)
+    """Stages whose outdated rows this run has taken out once: what it tries again, it tries once."""
     _seen: tuple[Mapping[str, list[DataFile]], Frame] | None = None
 
     def run(self, retry_deferred: bool, revisit: str | None, read_sources: bool) -> RunReport:
@@ -222,7 +225,7 @@ class _Refresh:
         while True:
             frame = self._frame()
             state = replay(self.plan, frame)
-            if state.pending.any():
+            if state.pending.any() or any(len(self._outdated(planned)) for planned in self.plan.steps):
                 self._segments(engine)
             takedown.finish(self.dataset, self.reporter)
             if self._frame() is frame:
@@ -292,6 +295,8 @@ class _Refresh:
     def _segments(self, engine: _LazyEngine) -> None:
         """Run what is lacking, segment by segment. The engine is started when there is work for it, and once."""
         for number, segment in enumerate(self.plan.segments):
+            for planned in segment.steps:
+                self._revise(planned)
             frame = self._frame()
             if segment.global_step is not None:
                 self._measure_globally(segment.global_step, frame)
@@ -299,6 +304,22 @@ class _Refresh:
             units = list(units_to_do(self.plan, number, frame))
             if units:
                 self._run_units(engine, self.plan, number, units, frame)
+
+    def _outdated(self, planned: PlannedStep) -> np.ndarray:
+        return outdated(self.plan, self._frame(), planned, retry=planned.name not in self.revised)
+
+    def _revise(self, planned: PlannedStep) -> None:
+        """Take out of a stage's table what is outdated, so that it is work to do."""
+        rows = self._outdated(planned)
+        self.revised.add(planned.name)
+        if not len(rows):
+            return
+        assert planned.table is not None
+        frame = self._frame()
+        shards = set(frame.pairs_column("shard").take(pa.array(rows)).to_pylist())
+        uids = frame.uid.take(pa.array(rows)).combine_chunks()
+        self.reporter.note(f"{planned.name}: {len(rows)} rows are outdated and done anew")
+        retry.take_out_rows(self.dataset, planned.table, table_schema(self.plan, planned.table), uids, shards)
 
     def _run_units(self, engine: _LazyEngine, plan: Plan, number: int, units: list[Unit], frame: Frame) -> None:
         errors = self.config.errors

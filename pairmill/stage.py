@@ -114,6 +114,9 @@ class Step:
     """Short, unique in a recipe; also the first part of the name of the stage's table."""
     version: ClassVar[int] = 1
     """Raised when the code gives other results for the same parameters."""
+    outcomes: ClassVar[tuple[str, ...]] = ()
+    """Of a verdict that chooses among texts: columns of the ledger that stages after it may read. What a stage makes of
+    an outcome is no part of its identity; it says by `Stage.outdated` which of its rows another outcome concerns."""
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -149,6 +152,21 @@ class Stage(Step, ABC):
     @abstractmethod
     def open(self) -> Kernel:
         """Load what the stage needs and return the kernel. Called once in each worker."""
+
+    @property
+    def revises(self) -> tuple[str, ...]:
+        """Columns that `outdated` looks at, its own or outcomes of verdicts before it; none where a row that was
+        measured once is measured for good."""
+        return ()
+
+    def outdated(self, rows: pa.Table, *, retry: bool) -> pa.Array:
+        """Which stored rows are to be measured anew, given ``uid`` and `revises`: booleans.
+
+        Args:
+            rows: Live rows that the stage's table has.
+            retry: Whether rows count that a run may try again; false from the second time on that a run asks.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} revises {self.revises}, so it must say what is outdated")
 
 
 class GlobalStage(Step, ABC):

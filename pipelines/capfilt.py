@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from captioners import caption_stage
+from captioners.instruct import instruct_steps
 from captioners.mixing import mix_step
 from filters.clip_score import CaptionClipScore, ClipScore
 from filters.heads import EmbeddingHead
@@ -19,8 +20,8 @@ from schemas.config import RunConfig
 def recipe(config: RunConfig) -> Recipe:
     """Download everything, since a good image may have a bad alt text; drop images that are too small, too thin or
     blank. Caption what is left, score the alt text and the captions by CLIP and by image-text matching, and let
-    ``mix.recipe`` (see `captioners.mixing`) choose which of them stay. Last, the further conditions of `keep`, and
-    duplicates.
+    ``mix.recipe`` (see `captioners.mixing`) choose which of them stay. Then the further conditions of `keep`, and
+    duplicates. Last, of the pairs that are left, the conversations that ``instruct.kinds`` asks for.
 
     The rules of `keep` over texts judge the alt text here, not the pair: a caption may take its place. So does
     ``mix.clip`` instead of ``keep.clip_score``, which is not asked.
@@ -45,5 +46,6 @@ def recipe(config: RunConfig) -> Recipe:
             mix_step(config.mix, config.keep.itm, text_verdicts(config.keep)),
             *score_verdicts(config.keep),
             *dedup_steps(config.dedup),
+            *instruct_steps(config, captions=True),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from captioners.instruct import instruct_steps
 from filters.clip_score import ClipScore
 from filters.heads import EmbeddingHead
 from filters.image_rules import ImageStats
@@ -15,8 +16,9 @@ from schemas.config import RunConfig
 
 def recipe(config: RunConfig) -> Recipe:
     """Look at the alt text before anything is fetched, and drop what says nothing. Download what is left; drop images
-    that are too small, too thin or blank. Score how well image and text fit, and keep the pairs that fit. Last, drop
-    duplicates: after the CLIP score, so that of several copies of an image one with a fitting text stays."""
+    that are too small, too thin or blank. Score how well image and text fit, and keep the pairs that fit. Then drop
+    duplicates: after the CLIP score, so that of several copies of an image one with a fitting text stays. Last, have
+    the conversations written that ``instruct.kinds`` asks for."""
     return Recipe(
         "clip_filter",
         (
@@ -31,5 +33,6 @@ def recipe(config: RunConfig) -> Recipe:
             *EmbeddingHead.all_of(config.models),
             *score_verdicts(config.keep),
             *dedup_steps(config.dedup),
+            *instruct_steps(config, captions=False),
         ),
     )
