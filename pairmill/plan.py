@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pairmill.errors import PlanError
@@ -225,13 +225,13 @@ def read_outcomes(step: Step) -> list[str]:
     return [column for column in step.reads if column in OUTCOMES]
 
 
-def _place(resources: Resources) -> tuple[float, float, int]:
-    return resources.cpus, resources.gpus, resources.rows
+def _place(resources: Resources) -> tuple[float, float, int, int | None]:
+    return resources.cpus, resources.gpus, resources.rows, resources.workers
 
 
 def _group(resources: Resources, steps: list[PlannedStep]) -> Group:
     actor = any(isinstance(s.step, Stage) and s.step.resources.actor for s in steps)
-    return Group(Resources(resources.cpus, resources.gpus, resources.rows, actor), tuple(steps))
+    return Group(replace(resources, actor=actor), tuple(steps))
 
 
 def model_identities(plan: Plan) -> dict[str, str]:

@@ -41,6 +41,9 @@ class Resources:
     """Rows a kernel call. Stages with equal resources run in one worker and share decoded images."""
     actor: bool = False
     """Opening is costly (weights): keep the kernel in a long-lived worker."""
+    workers: int | None = None
+    """Of an actor: so many at most on a cluster. A stage that waits for an endpoint keeps one busy with many requests,
+    and one worker keeps to limits that are the whole run's."""
 
 
 class PixelCache:

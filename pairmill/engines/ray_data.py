@@ -162,7 +162,8 @@ def size_pools(job: Job, cluster: Mapping[str, float], wanted_workers: int | Non
         if group.resources.gpus:
             fits.append(spare_gpus / len(actors) / group.resources.gpus)
         workers = max(1, int(min(fits) + 1e-9))
-        pools.append(Pool(need, group.resources.gpus, min(workers, wanted_workers or workers)))
+        most = min(wanted_workers or workers, group.resources.workers or workers)
+        pools.append(Pool(need, group.resources.gpus, min(workers, most)))
     return pools
 
 

@@ -29,6 +29,12 @@ def test_actors_never_take_the_cpus_that_tasks_need():
     assert size_pools(job(Resources(cpus=1), Resources(cpus=1, rows=32, actor=True)), {"CPU": 16.0}, 4)[1].workers == 4
 
 
+def test_a_group_may_ask_for_few_workers():
+    chars = Resources(cpus=1, rows=32, actor=True, workers=1)
+    assert size_pools(job(Resources(cpus=1), chars), {"CPU": 16.0}, None)[1].workers == 1
+    assert size_pools(job(Resources(cpus=1), chars), {"CPU": 16.0}, 4)[1].workers == 1
+
+
 def test_one_cpu_is_shared_by_all_groups():
     pools = size_pools(job(Resources(cpus=1), Resources(cpus=1, rows=32, actor=True)), {"CPU": 1.0}, None)
     assert [p.cpus for p in pools] == [0.5, 0.5] and pools[1].workers == 1
