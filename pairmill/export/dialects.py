@@ -54,8 +54,8 @@ class Located(NamedTuple):
     """A mention, read back."""
 
     phrase: str
-    """Empty where there is none, or where the dialect does not mark phrases. Boxes that follow on another mention's with
-    nothing between them are read as its own in Qwen's dialects."""
+    """Empty where there is none, or where the dialect does not mark phrases. In Qwen's dialects, boxes that follow on
+    another mention's with nothing between them are read as its own."""
     boxes: tuple[Corners, ...]
 
 
@@ -268,7 +268,7 @@ class Qwen2Vl(_Qwen):
     name = "qwen2_vl"
     _phrase, _box = ("<|object_ref_start|>", "<|object_ref_end|>"), ("<|box_start|>", "<|box_end|>")
     _pattern = re.compile(
-        r"(?:<\|object_ref_start\|>((?:(?!<\|).)+)<\|object_ref_end\|>)?"
+        r"(?:<\|object_ref_start\|>((?:(?!<\|object_ref_).)+)<\|object_ref_end\|>)?"
         rf"((?:<\|box_start\|>{_CORNERS}<\|box_end\|>)+)",
         re.DOTALL,
     )
