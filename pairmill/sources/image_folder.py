@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,27 @@ def read_image_folder(source: config.ImageFolder) -> Iterator[pa.Table]:
     """
     names = _image_files(source)
     captions = _captions(source.captions) if source.captions else {}
-    boxes = _boxes(source.instances) if source.instances else {}
-    return tables(_rows(source, names, captions, boxes))
+    instances = _instances(source.instances) if source.instances else {}
+    return tables(_rows(source, names, captions, instances))
+
+
+@dataclass(frozen=True)
+class _Instances:
+    """What a COCO instances file says of an image."""
+
+    boxes: list[dict[str, Any]]
+    crowded: list[str]
+    """Labels of crowd regions, each once."""
+    size: list[int] | None
+    """Width and height of the image that was annotated, pixels."""
+
+    def extra(self) -> dict[str, Any]:
+        """What `captioners.boxes.regions` wants to know besides the boxes."""
+        crowded = {"crowded": self.crowded} if self.crowded else {}
+        return crowded | ({"annotated_size": self.size} if self.size and self.boxes else {})
+
+
+_NOTHING = _Instances([], [], None)
 
 
 def _image_files(source: config.ImageFolder) -> dict[str, SourceFile]:
@@ -50,19 +70,20 @@ def _rows(
     source: config.ImageFolder,
     names: dict[str, SourceFile],
     captions: dict[str, list[str]],
-    boxes: dict[str, list[dict[str, Any]]],
+    instances: dict[str, _Instances],
 ) -> Iterator[Row]:
     root = files.full_name(source.path).rstrip("/\\")
     beside = source.captions is None
     for name in sorted(names.keys() | captions.keys()):
         path = names[name].name if name in names else f"{root}/{name}"
         texts = _text_beside(path) if beside else [(t, "human") for t in captions.get(name, [])]
+        annotated = instances.get(name, _NOTHING)
         yield Row(
             url=_uri(path),
             texts=texts,
-            boxes=boxes.get(name),
+            boxes=annotated.boxes,
             locator=file_locator(path),
-            extra=extra_json({"file_name": name}),
+            extra=extra_json({"file_name": name} | annotated.extra()),
         )
 
 
@@ -109,23 +130,41 @@ def _captions(path: str) -> dict[str, list[str]]:
     return {name: [t for t in texts if t] for name, texts in cleaned.items()}
 
 
-def _boxes(path: str) -> dict[str, list[dict[str, Any]]]:
-    """Boxes by file name: xyxy in pixels. Crowd regions are left out: their box is no single thing of its label."""
+def _instances(path: str) -> dict[str, _Instances]:
+    """Boxes by file name: xyxy in pixels. Crowd regions are no boxes, for theirs is no single thing of its label; their
+    labels are kept. An annotation without a usable bbox or category is a box of nulls, to be rejected with a reason."""
     content = _coco(path, "instances")
-    labels = {c["id"]: str(c["name"]) for c in content.get("categories", [])}
     grouped = _by_image(content, path, "instances")
     try:
-        return {
-            name: [_box(a, labels) for a in annotations if not a.get("iscrowd")]
-            for name, annotations in grouped.items()
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(
-            f"instances {path!r}: an annotation has no usable bbox or category_id ({error!r})."
-        ) from error
+        labels = {c["id"]: str(c["name"]) for c in content.get("categories", [])}
+        sizes = {str(image["file_name"]): _size(image) for image in content["images"]}
+    except (KeyError, TypeError) as error:
+        raise SourceError(f"instances {path!r}: a category has no usable id or name ({error!r}).") from error
+    found = {}
+    for name, rows in grouped.items():
+        boxes = [_box(row, labels) for row in rows if not row.get("iscrowd")]
+        crowded = [_label(row, labels) for row in rows if row.get("iscrowd")]
+        found[name] = _Instances(boxes, [label for label in dict.fromkeys(crowded) if label], sizes.get(name))
+    return found
 
 
-def _box(annotation: dict[str, Any], labels: dict[int, str]) -> dict[str, Any]:
-    x, y, width, height = map(float, annotation["bbox"])
-    label = labels[annotation["category_id"]]
-    return {"label": label, "x1": x, "y1": y, "x2": x + width, "y2": y + height, "score": None, "source": "human"}
+def _size(image: dict[str, Any]) -> list[int] | None:
+    size = [image.get("width"), image.get("height")]
+    sides = [side for side in size if isinstance(side, int) and side > 0]
+    return sides if len(sides) == 2 else None
+
+
+def _label(annotation: dict[str, Any], labels: dict[Any, str]) -> str | None:
+    category = annotation.get("category_id")
+    return labels.get(category) if isinstance(category, (int, str)) else None
+
+
+def _box(annotation: dict[str, Any], labels: dict[Any, str]) -> dict[str, Any]:
+    box: dict[str, Any] = dict.fromkeys(("label", "x1", "y1", "x2", "y2", "score"))
+    box |= {"label": _label(annotation, labels), "source": "human"}
+    try:
+        x, y, width, height = map(float, annotation["bbox"])
+        box |= {"x1": x, "y1": y, "x2": x + width, "y2": y + height}
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    return box

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pairmill.errors import SourceError
 from pairmill.sources import files
+from pairmill.sources.boxes import are_boxes, take_boxes
 from pairmill.sources.files import SourceFile
 from pairmill.sources.locator import parquet_locator
 from pairmill.sources.rows import ROWS, Row, extra_json, tables, web_row
@@ -21,7 +22,7 @@ def read_img2dataset_parquet(source: config.Img2DatasetParquet) -> Iterator[pa.T
     """The rows of a `schemas.config.Img2DatasetParquet`.
 
     Rows that img2dataset failed to fetch or resize have no locator: their URL is tried again. Their status and error
-    message stay in ``extra``.
+    message stay in ``extra``. A column ``boxes`` counts as such in the form of `pairmill.sources.boxes`.
     """
     found = files.find(source.path, (".parquet",), "img2dataset_parquet")
     return tables(row for file in found for row in _parquet_rows(file))
@@ -70,4 +71,5 @@ def _row(values: dict[str, Any], locator: str | None) -> Row:
     url = values.pop("url")
     caption = values.pop("caption", None)
     txt = values.pop("txt", None)
-    return web_row(url, caption if caption is not None else txt, extra_json(values), locator)
+    boxes = take_boxes(values, "boxes") if are_boxes(values.get("boxes")) else None
+    return web_row(url, caption if caption is not None else txt, extra_json(values), locator, boxes)

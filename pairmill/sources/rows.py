@@ -38,6 +38,8 @@ MAX_URL = 8_192
 """Characters of a URL; servers and browsers refuse longer ones. Longer (``data:`` URLs mostly) is a malformed row."""
 MAX_BYTES = 1_024
 """Bytes of a binary value in `extra` that are kept; longer ones are left out."""
+MAX_DEPTH = 64
+"""Lists and objects within one another in a value of `extra`; deeper ones are null."""
 EXCERPT = 200
 """Characters of a malformed row that are kept."""
 
@@ -56,17 +58,23 @@ class Row:
     detail: str | None = None
 
 
-def web_row(url: object, text: object, extra: str | None = None, locator: str | None = None) -> Row:
+def web_row(
+    url: object,
+    text: object,
+    extra: str | None = None,
+    locator: str | None = None,
+    boxes: list[dict[str, Any]] | None = None,
+) -> Row:
     """A row of a URL and one alt text, as a table or shard says them."""
     clean_url = clean(url, MAX_URL + 1).strip()
     alt = clean(text)
     texts = [(alt, "web")] if alt else []
     if not clean_url:
-        return Row(None, texts, None, locator, extra, Reason.EMPTY_URL.value, "the URL is empty")
+        return Row(None, texts, boxes, locator, extra, Reason.EMPTY_URL.value, "the URL is empty")
     if len(clean_url) > MAX_URL:
         whole = str(url).encode("utf-8", "replace")
         return malformed(whole, f"a URL of {len(str(url))} characters; at most {MAX_URL} are allowed")
-    return Row(clean_url, texts, None, locator, extra)
+    return Row(clean_url, texts, boxes, locator, extra)
 
 
 def malformed(raw: bytes, detail: str) -> Row:
@@ -110,9 +118,9 @@ def extra_json(values: dict[str, Any]) -> str | None:
     return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
 
 
-def jsonable(value: Any) -> Any:
+def jsonable(value: Any, depth: int = MAX_DEPTH) -> Any:
     """A value as JSON can say it: times in ISO 8601, short bytes in base64 (long ones, such as images, as
-    null), NaN and infinity as null, texts cleaned."""
+    null), NaN and infinity as null, texts cleaned, at most `depth` lists and objects within one another."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
@@ -125,10 +133,12 @@ def jsonable(value: Any) -> Any:
         return value.total_seconds()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode() if len(value) <= MAX_BYTES else None
-    if isinstance(value, dict):
-        return {clean(str(k), 256): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
+    if isinstance(value, (dict, list, tuple)):
+        if not depth:
+            return None
+        if isinstance(value, dict):
+            return {clean(str(k), 256): jsonable(v, depth - 1) for k, v in value.items()}
+        return [jsonable(v, depth - 1) for v in value]
     return clean(str(value))
 
 

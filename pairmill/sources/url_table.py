@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pairmill.errors import SourceError
 from pairmill.sources import files
+from pairmill.sources.boxes import take_boxes
 from pairmill.sources.files import SourceFile
 from pairmill.sources.rows import ROWS, Row, extra_json, malformed, tables, web_row
 from schemas import config
@@ -28,6 +29,12 @@ _MAX_RECORD = 1 << 26  # characters over which a quoted CSV field may extend bef
 class _Columns:
     url: str
     text: str | None
+    boxes: str | None = None
+
+    def row(self, url: object, text: object, others: dict[str, Any]) -> Row:
+        """A row of URL, text and all other columns, boxes among them."""
+        boxes = None if self.boxes is None else take_boxes(others, self.boxes)
+        return web_row(url, text, extra_json(others), boxes=boxes)
 
 
 def read_url_table(source: config.UrlTable) -> Iterator[pa.Table]:
@@ -37,7 +44,7 @@ def read_url_table(source: config.UrlTable) -> Iterator[pa.Table]:
 
 
 def _read_files(source: config.UrlTable, found: list[SourceFile]) -> Iterator[pa.Table]:
-    columns = _Columns(source.url, source.text)
+    columns = _Columns(source.url, source.text, source.boxes)
     for file in found:
         yield from tables(_file_rows(file, _format_of(source, file), columns))
 
@@ -83,6 +90,8 @@ def _require(file: SourceFile, columns: _Columns, names: list[str]) -> None:
         raise files.column_missing(file, columns.url, names, "url")
     if columns.text is not None and columns.text not in names:
         raise files.column_missing(file, columns.text, names, "text")
+    if columns.boxes is not None and columns.boxes not in names:
+        raise files.column_missing(file, columns.boxes, names, "boxes")
 
 
 def _arrow_rows(batch: pa.RecordBatch, columns: _Columns) -> Iterator[Row]:
@@ -91,17 +100,14 @@ def _arrow_rows(batch: pa.RecordBatch, columns: _Columns) -> Iterator[Row]:
     others = [
         n for n in batch.schema.names if n not in (columns.url, columns.text) and not n.startswith("__index_level_")
     ]
-    extras: Iterable[str | None]
+    extras: Iterable[tuple[Any, ...]] = itertools.repeat((), len(urls))
     if others:
-        values = [_text_values(batch.column(name)) for name in others]
-        extras = (extra_json(dict(zip(others, row, strict=True))) for row in zip(*values, strict=True))
-    else:
-        extras = itertools.repeat(None, len(urls))
+        extras = zip(*(_text_values(batch.column(name)) for name in others), strict=True)
     for url, text, extra in zip(urls, texts, extras, strict=True):
         if isinstance(url, bytes) or isinstance(text, bytes):
             yield malformed(_raw(url) + b"\n" + _raw(text), "not UTF-8")
         else:
-            yield web_row(url, text, extra)
+            yield columns.row(url, text, dict(zip(others, extra, strict=True)))
 
 
 def _raw(value: object) -> bytes:
@@ -120,7 +126,18 @@ def _text_values(column: pa.Array) -> list[Any]:
             return [_decoded(v) for v in column.cast(pa.large_binary()).to_pylist()]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return [_decoded(v) for v in column.to_pylist()]
-    return column.to_pylist()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # in a list or a struct
+        return [_nested(column.slice(row, 1)) for row in range(len(column))]
+
+
+def _nested(row: pa.Array) -> Any:
+    """A list or struct; a text where a string in it is not UTF-8."""
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return f"a {row.type} that is not UTF-8"
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:
@@ -221,10 +238,11 @@ class _CsvRecords:
         self._url = header.index(columns.url)
         self._text = header.index(columns.text) if columns.text is not None else None
         self._others = [i for i, name in enumerate(header) if i not in (self._url, self._text)]
+        self._columns = columns
 
     def row(self, record: list[str]) -> Row:
-        extra = extra_json({self._header[i]: record[i] for i in self._others}) if self._others else None
-        return web_row(record[self._url], record[self._text] if self._text is not None else None, extra)
+        text = record[self._text] if self._text is not None else None
+        return self._columns.row(record[self._url], text, {self._header[i]: record[i] for i in self._others})
 
     def simple(self, block: list[str]) -> list[list[str]] | None:
         """The records of a block in which every line is one good record, else None."""
@@ -370,8 +388,7 @@ def _checked_records(file: SourceFile, columns: _Columns, records: Iterator[dict
 def _json_row(record: dict[str, Any], columns: _Columns) -> Row:
     url = record.get(columns.url)
     text = record.get(columns.text) if columns.text is not None else None
-    others = {k: v for k, v in record.items() if k not in (columns.url, columns.text)}
-    return web_row(url, text, extra_json(others))
+    return columns.row(url, text, {k: v for k, v in record.items() if k not in (columns.url, columns.text)})
 
 
 def _jsonl_records(handle: IO[bytes]) -> Iterator[dict[str, Any] | Row]:

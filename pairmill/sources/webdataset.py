@@ -16,6 +16,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from pairmill.sources import files
+from pairmill.sources.boxes import are_boxes, take_boxes
 from pairmill.sources.files import SourceFile
 from pairmill.sources.locator import tar_locator
 from pairmill.sources.rows import Row, extra_json, malformed, tables, web_row
@@ -35,7 +36,8 @@ def read_webdataset(source: config.WebDataset) -> Iterator[pa.Table]:
     """The rows of a `schemas.config.WebDataset`.
 
     ``url`` is the JSON member's url, else ``wds:<tar name>/<key>``. What img2dataset could not fetch is not in its tars
-    but in the parquet file beside them: read that as a ``url_table`` to try those URLs again.
+    but in the parquet file beside them: read that as a ``url_table`` to try those URLs again. Boxes are taken from the
+    JSON's key ``boxes`` where they have the form of `pairmill.sources.boxes`, as in pairmill's own exports.
     """
     found = files.find(source.path, ENDINGS, "webdataset")
     return tables(row for file in found for row in _tar_rows(file, source))
@@ -134,8 +136,9 @@ def _row(sample: _Sample, samples: _Samples, file: SourceFile, tar: str, source:
         )
     if meta.get("caption") == text:
         meta.pop("caption", None)
+    boxes = take_boxes(meta, "boxes") if are_boxes(meta.get("boxes")) else None
     locator = tar_locator(file.name, image.offset_data, image.size) if image is not None else None
-    return web_row(url or address, text, extra_json(meta), locator)
+    return web_row(url or address, text, extra_json(meta), locator, boxes)
 
 
 def _endings(spec: str) -> list[str]:

@@ -65,11 +65,39 @@ def test_coco_captions_and_boxes(folder: Path, tmp_path: Path) -> None:
     assert found["b.jpg"]["text"] == "first"
     box = {"label": "cat", "x1": 1, "y1": 2, "x2": 4.5, "y2": 6, "score": None, "source": "human"}
     assert found["b.jpg"]["boxes"] == [box]
+    assert json.loads(found["b.jpg"]["extra"]) == {"file_name": "b.jpg", "crowded": ["cat"]}
+    assert json.loads(found["sub/c.jpeg"]["extra"]) == {"file_name": "sub/c.jpeg"}
     assert found["sub/c.jpeg"]["text"] == "c"
     assert found["a.PNG"]["texts"] == []
     with pytest.raises(locator.LocatorError) as error:
         locator.load(found["gone.jpg"]["locator"])
     assert error.value.reason == "image.missing"
+
+
+def test_bad_annotations_cost_themselves_only(folder: Path, tmp_path: Path) -> None:
+    """They become boxes of nulls, which the stage `regions` rejects with a reason."""
+    annotations = [
+        {"image_id": 1, "bbox": [1, 2, 3, 4], "category_id": 99},
+        {"image_id": 1, "bbox": [1, 2, "x", 4], "category_id": 5},
+        {"image_id": 1, "bbox": [1, 2, 3], "category_id": [5]},
+        {"image_id": 1, "bbox": None, "category_id": 5, "iscrowd": 1},
+        {"image_id": 1, "bbox": [1, 2, 3, 4], "category_id": 6},
+        {"image_id": 1, "bbox": [1, 2, 3, 4], "category_id": 99, "iscrowd": 1},
+        {"image_id": 1, "bbox": [1, 2, 3, 4], "category_id": 5, "iscrowd": 1},
+    ]
+    categories = [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]
+    images = [{"id": 1, "file_name": "b.jpg", "width": 64, "height": 48}]
+    (tmp_path / "i.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    (row,) = [r for r in rows(config.ImageFolder(path=str(folder), instances=str(tmp_path / "i.json"))) if r["boxes"]]
+    corners = [(b["label"], b["x1"], b["x2"]) for b in row["boxes"]]
+    assert corners == [(None, 1, 4), ("cat", None, None), (None, None, None), ("dog", 1, 4)]
+    extra = {"file_name": "b.jpg", "crowded": ["cat"], "annotated_size": [64, 48]}
+    assert json.loads(row["extra"]) == extra
+    (tmp_path / "i.json").write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 5}]}))
+    with pytest.raises(SourceError, match="a category has no usable id or name"):
+        read(config.ImageFolder(path=str(folder), instances=str(tmp_path / "i.json")))
 
 
 def test_what_is_no_coco_file(folder: Path, tmp_path: Path) -> None:
