@@ -1,0 +1,528 @@
+"""What can be said of an image for sure, from its kept texts and boxes alone.
+
+`read` finds the facts and, with them, what makes them so. What licenses what:
+
+- **A count** of a label is its number of boxes. It is given only where the label is not crowded, boxes of a detector
+  are borne out by a text, and no text says otherwise: none states another number for the label or for a word that means
+  the same, none speaks of several where there is one box, and, where there are several boxes and texts name the
+  thing, one of them does so in the plural. Without boxes of it a number that a text states is a count, if every text
+  that gives one gives that one.
+- **The one** of a label: its count is 1, or no box was looked for and every text names it in the singular.
+- **A colour or a material** is that of a text's adjectives right before the noun of the one of its label; no text gives
+  it another one. In a label ("large red circle") size and colour are part of the label.
+- **Left, right, above, below** hold between things that are each the one of their label, when the centres of their
+  boxes differ by `MARGIN` of the image's side and the boxes share at most `SHARED` of the smaller one's extent on that
+  axis. **Place in the picture**: see `Thing.side` and `Thing.level`.
+- **Larger in the picture**: twice the box area. **More**: both are counts.
+- **Yes**: there is a box, or two texts (or the only one) name it. **No**: the label was looked for in every image
+  (`Context.labels`), has no box, is not crowded, and no text has a word for it or near it.
+- **What a text says** is taken from texts that `sentence` could clean, that agree with the counts, and that name no
+  looked-for label which has no box unless another text does so too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from captioners.instruct import nouns
+from captioners.instruct.nouns import Described, Form, Noun, words_of
+from pairmill.boxes import Box
+from pairmill.instructions import Context
+
+MARGIN = 0.12
+"""Of the image's width (height): the least distance between two centres for a relation."""
+SHARED = 0.25
+"""Of the smaller extent: how much two boxes may overlap on the axis of a relation."""
+LARGER = 2.0
+"""Ratio of two areas from which one is larger in the picture."""
+MOST = 8
+"""More boxes than this are seldom all that there are."""
+FEW = 4
+"""The same for what no text speaks of in the plural."""
+
+_TOKEN = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*|\d+(?:[.,:/]\d+)*|[^\sA-Za-z\d]")
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A noun phrase of a text."""
+
+    text: int
+    start: int
+    """Of its first token: the determiner, or the first adjective."""
+    noun: int
+    """Of its noun's first token."""
+    end: int
+    """Past the noun."""
+    form: Form
+    number: int | None
+    """As stated: 1 for "a", "one"."""
+    several: bool
+    """Plural, or after a word for more than one."""
+    head: bool
+    """The phrase is about it: it is no part of a compound."""
+    adjectives: tuple[str, ...]
+
+    @property
+    def stated(self) -> int | None:
+        """A number of two or more."""
+        return self.number if self.number is not None and self.number > 1 else None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, word by word."""
+
+    tokens: tuple[str, ...]
+    low: tuple[str, ...]
+    mentions: tuple[Mention, ...]
+    said: str | None
+    """As a sentence; null where it cannot be made one safely."""
+
+
+@dataclass
+class Thing:
+    """All that has one label, or that the texts call by one noun."""
+
+    key: str
+    """The label; of a thing without boxes, the noun."""
+    noun: Noun
+    boxes: tuple[int, ...]
+    """Positions in the context's boxes, from left to right."""
+    count: int | None = None
+    """How many there are, where that is sure."""
+    sole: bool = False
+    """There is just one, so "the dog" names it."""
+    size: str | None = None
+    """In the label."""
+    colour: tuple[str, ...] = ()
+    material: str | None = None
+    colour_in_label: bool = False
+    mentions: list[Mention] = field(default_factory=list)
+    several: bool = False
+    """Texts speak of it in the plural."""
+    box: Box | None = None
+    """Of the one."""
+    width: int = 0
+    height: int = 0
+
+    @property
+    def side(self) -> str | None:
+        """``left``, ``right`` or ``middle`` of the picture: the centre lies in the outer 36% (middle 20%) of its width,
+        and the box does not reach beyond 55% (over more than 60%) of it."""
+        if self.box is None:
+            return None
+        x = self.box.centre[0] / self.width
+        if x < 0.36 and self.box.x2 < 0.55 * self.width:
+            return "left"
+        if x > 0.64 and self.box.x1 > 0.45 * self.width:
+            return "right"
+        return "middle" if 0.4 < x < 0.6 and self.box.width < 0.6 * self.width else None
+
+    @property
+    def level(self) -> str | None:
+        """``top`` or ``bottom`` of the picture, by the same shares of its height as `side`."""
+        if self.box is None:
+            return None
+        y = self.box.centre[1] / self.height
+        if y < 0.36 and self.box.y2 < 0.55 * self.height:
+            return "top"
+        return "bottom" if y > 0.64 and self.box.y1 > 0.45 * self.height else None
+
+
+@dataclass
+class Facts:
+    """All that a conversation may be made of."""
+
+    context: Context
+    texts: tuple[Text, ...]
+    order: tuple[int, ...]
+    """Texts that may be quoted, those first that share most with the others."""
+    things: dict[str, Thing]
+    """By label or noun; those with boxes first, the largest first."""
+    absent: tuple[str, ...]
+    """Labels of which there is none."""
+
+    def boxed(self) -> list[Thing]:
+        """Things with boxes."""
+        return [thing for thing in self.things.values() if thing.boxes]
+
+
+def left_of(a: Box, b: Box, width: float) -> bool:
+    """Whether `a` is plainly to the left of `b`."""
+    return _before(a.x1, a.x2, b.x1, b.x2, width)
+
+
+def above(a: Box, b: Box, height: float) -> bool:
+    """Whether `a` is plainly above `b`."""
+    return _before(a.y1, a.y2, b.y1, b.y2, height)
+
+
+def _before(a1: float, a2: float, b1: float, b2: float, side: float) -> bool:
+    if b1 + b2 - a1 - a2 < 2 * MARGIN * side:
+        return False
+    return min(a2, b2) - max(a1, b1) <= SHARED * min(a2 - a1, b2 - b1)
+
+
+def in_column(a: Box, b: Box) -> bool:
+    """Whether one is straight over the other: the boxes share half of the narrower one's width."""
+    return min(a.x2, b.x2) - max(a.x1, b.x1) >= 0.5 * min(a.width, b.width)
+
+
+def read(context: Context) -> Facts:
+    """The facts of an image."""
+    things: dict[str, Thing] = {}
+    kinds = nouns.lexicon()
+    keys: dict[str, str] = {}
+    for place, box in enumerate(context.boxes):
+        key = keys.get(box.label)
+        if key is None:
+            key = keys[box.label] = " ".join(box.label.split())
+        thing = things.get(key)
+        if thing is None:
+            things[key] = thing = _thing(key, context)
+        thing.boxes += (place,)
+    labels = _label_forms(things)
+    texts = tuple(_parse(index, text, labels) for index, text in enumerate(context.texts))
+    for text in texts:
+        for mention in text.mentions:
+            if not mention.head:
+                continue
+            for key in _named(mention, things, labels):
+                things[key].mentions.append(mention)
+    looked_for = frozenset(context.labels)
+    known = {kinds.keys.get(key.lower(), key) for key in things}
+    loose: dict[str, list[Mention]] = {}
+    for text in texts:
+        for mention in text.mentions:
+            key = mention.form.key
+            if mention.head and mention.form.same and key not in known and key not in things:
+                loose.setdefault(key, []).append(mention)
+    for key, mentions in loose.items():
+        if key in looked_for or key in context.crowded:
+            continue
+        thing = _thing(key, context)
+        thing.mentions = mentions
+        things[key] = thing
+    for thing in things.values():
+        _judge(thing, context, things)
+    ordered = dict(sorted(things.items(), key=lambda item: (not item[1].boxes, -_area(item[1], context.boxes))))
+    return Facts(context, texts, _quotable(context, texts, ordered), ordered, _absent(context, texts, ordered))
+
+
+def _area(thing: Thing, boxes: Sequence[Box]) -> float:
+    return max((boxes[place].area for place in thing.boxes), default=0.0)
+
+
+def _thing(key: str, context: Context) -> Thing:
+    parts: Described = nouns.described(key)
+    if parts.head == key.lower():
+        return Thing(key, nouns.noun(key), (), width=context.width, height=context.height)
+    colour = (parts.colour,) if parts.colour else ()
+    return Thing(
+        key,
+        nouns.noun(key),
+        (),
+        size=parts.size,
+        colour=colour,
+        colour_in_label=bool(colour),
+        width=context.width,
+        height=context.height,
+    )
+
+
+def _label_forms(things: dict[str, Thing]) -> dict[str, tuple[Form, ...]]:
+    """The forms of labels that the lexicon lacks, and of the heads of those that are described, by first word."""
+    found: dict[str, list[Form]] = {}
+    kinds = nouns.lexicon()
+    for key in things:
+        low = key.lower()
+        if low in kinds.keys:
+            continue
+        parts = nouns.described(key)
+        for word in dict.fromkeys((low, parts.head)):
+            for form, many in ((word, False), (nouns.plural(word), True)):
+                words = tuple(form.split(" "))
+                found.setdefault(words[0], []).append(Form(words, word, key, many, True))
+    return {first: tuple(sorted(forms, key=lambda form: -len(form.words))) for first, forms in found.items()}
+
+
+def _named(mention: Mention, things: dict[str, Thing], labels: dict[str, tuple[Form, ...]]) -> list[str]:
+    """The labels that a mention may mean."""
+    form = mention.form
+    if form.key in things:
+        return [form.key]
+    kinds = nouns.lexicon()
+    return [key for key in things if kinds.keys.get(key.lower()) == form.key] if not labels or form.same else []
+
+
+def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
+    tokens = tuple(_TOKEN.findall(text))
+    low = tuple(token.lower() for token in tokens)
+    forms = nouns.lexicon().forms
+    mentions: list[Mention] = []
+    at, total = 0, len(low)
+    last = 0
+    while at < total:
+        word = low[at]
+        form = None
+        for found in (*labels.get(word, ()), *forms.get(word, ())):
+            if low[at : at + len(found.words)] == found.words:
+                form = found
+                break
+        if form is None:
+            at += 1
+            continue
+        end = at + len(form.words)
+        mentions.append(_mention(index, low, last, at, end, form))
+        at = last = end
+    return Text(tokens, low, tuple(mentions), sentence(text, tokens, low))
+
+
+def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, form: Form) -> Mention:
+    after = low[end] if end < len(low) else "."
+    head = (
+        (not after[0].isalnum() and after != "'")
+        or after in nouns.CLOSED
+        or after in nouns.VERBS
+        or after.endswith(("ing", "ly"))
+    ) and after != "-"
+    start = at
+    number: int | None = None
+    several = form.many
+    adjectives: list[str] = []
+    while start > first:
+        word = low[start - 1]
+        if word in ("a", "an", "another"):
+            start -= 1
+            number = 1
+            if start > first and low[start - 1] == "such":
+                start -= 1
+            break
+        if word in ("the", "this", "that", "his", "her", "its", "their", "these", "those"):
+            start -= 1
+            break
+        if word in nouns.NUMBERS or word.isdigit():
+            start -= 1
+            number = nouns.NUMBERS.get(word) or int(word[:6])
+            if start > first and low[start - 1] in ("the", "these", "those", "all"):
+                start -= 1
+            break
+        if word in nouns.VAGUE:
+            start -= 1
+            several = several or word not in ("more", "most", "different", "various") or form.many
+            break
+        if word == "of":
+            several = several or (start >= 2 and low[start - 2] in nouns.GROUPS) or low[start - 2] == "lots"
+            break
+        if word == "and":
+            if (
+                adjectives
+                and adjectives[-1] in nouns.COLOURS
+                and start - 2 >= first
+                and low[start - 2] in nouns.COLOURS
+            ):
+                start -= 1
+                adjectives.append("and")
+                continue
+            break
+        if word in nouns.CLOSED or not word[0].isalpha() or len(adjectives) > 4:
+            break
+        if word in nouns.PARTICIPLES or (word in nouns.VERBS and word not in ("open", "closed")):
+            break
+        adjectives.append(word)
+        start -= 1
+    return Mention(index, start, at, end, form, number, several, head, tuple(reversed(adjectives)))
+
+
+def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
+    """Fills in what is sure of a thing."""
+    boxes = context.boxes
+    thing.boxes = tuple(sorted(thing.boxes, key=lambda place: boxes[place].x1 + boxes[place].x2))
+    by_text: dict[int, list[Mention]] = {}
+    for mention in thing.mentions:
+        by_text.setdefault(mention.text, []).append(mention)
+    stated = {mention.stated for mention in thing.mentions if mention.stated}
+    thing.several = any(mention.several for mention in thing.mentions) or bool(stated)
+    # "A man and a woman", "a man ... another man": as many as there are phrases in one text
+    named = max((_persons(found) for found in by_text.values()), default=0)
+    kinds = nouns.lexicon()
+    key = kinds.keys.get(thing.key.lower(), thing.key)
+    rivals = [
+        other for other in things.values() if other is not thing and kinds.keys.get(other.key.lower(), other.key) == key
+    ]
+    head = nouns.described(thing.key).head
+    count = len(thing.boxes)
+    if count:
+        detected = any(boxes[place].score is not None for place in thing.boxes)
+        sure = (
+            thing.key not in context.crowded
+            and key not in context.crowded
+            and thing.noun.counts
+            and count <= (MOST if thing.several else FEW)
+            and not rivals
+            and not (detected and _doubled([boxes[place] for place in thing.boxes]))
+        )
+        if nouns.described(thing.key).head != thing.key.lower():
+            pass  # "two red circles" in a text is about several labels: the label itself is exact
+        elif count == 1:
+            sure = sure and not thing.several and named <= 1
+        else:
+            sure = sure and stated <= {count} and named <= count
+            sure = sure and (not thing.mentions or thing.several or named == count)
+        if detected:
+            sure = sure and bool(thing.mentions) and (count == 1 or count in stated or named == count)
+        if sure:
+            thing.count = count
+        thing.sole = count == 1 and (sure or (not thing.noun.counts and not rivals and not thing.several))
+        thing.sole = thing.sole and thing.key not in context.crowded
+        if thing.sole:
+            thing.box = boxes[thing.boxes[0]]
+    else:
+        numbers = {mention.number for mention in thing.mentions if mention.number is not None}
+        if len(stated) == 1 and numbers == stated:
+            thing.count = next(iter(stated))
+        thing.sole = not thing.several and named == 1 and thing.key not in nouns.OUTDOORS
+    if not thing.colour:
+        thing.colour = _agreed([_colours(mention) for mention in thing.mentions if mention.form.key == key or head])
+    materials = {
+        nouns.MATERIALS[mention.adjectives[-1]]
+        for mention in thing.mentions
+        if mention.adjectives and mention.adjectives[-1] in nouns.MATERIALS
+    }
+    if len(materials) == 1:
+        thing.material = next(iter(materials))
+
+
+def _persons(mentions: Sequence[Mention]) -> int:
+    """How many one text names apart from each other: two different words, or "another"."""
+    return sum({mention.form.word: mention.stated or (2 if mention.several else 1) for mention in mentions}.values())
+
+
+def _doubled(boxes: Sequence[Box]) -> bool:
+    return any(a.iou(b) > 0.5 for place, a in enumerate(boxes) for b in boxes[:place])
+
+
+def _colours(mention: Mention) -> tuple[str, ...]:
+    found = tuple(word for word in mention.adjectives if word in nouns.COLOURS)
+    return tuple("gray" if word == "grey" else word for word in found)
+
+
+def _agreed(colours: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The colours that texts give, if no two differ."""
+    given = {found for found in colours if found}
+    return given.pop() if len(given) == 1 else ()
+
+
+# -- texts as sentences -----------------------------------------------------------------------------------------------
+
+_REFUSED = re.compile(r"[^A-Za-z0-9 ,.'\u2019-]|https?:|www\.|\.(com|net|org|jpg|png)\b")
+_NOT_SAID: frozenset[str] = words_of(
+    """caption captions captioned coordinates bounding description describe prompt prompts instruction instructions
+    instruct ignore ignored respond reply answer output assistant user system json json yaml xml html token tokens
+    you your yours i me my mine we us our please click download buy sale price free shipping order wallpaper
+    wallpapers stock royalty photo's copyright credit website blog pdf isbn vs ai model says say image's"""
+)
+_STARTS_BADLY: frozenset[str] = words_of("""he she it they his her him and or but with of in on at by to from is are""")
+_ENDS_BADLY: frozenset[str] = words_of(
+    """a an the and or but with of in on at by to from into is are its his her their as for near next very while"""
+)
+_FUNCTION: frozenset[str] = words_of(
+    """a an the of in on at with and is are to by near from next some two three his her its on under over into"""
+)
+
+
+def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None:
+    """A text as a sentence, or null: too short or long, no plain English, shouted, markup, addresses, a title, cut off,
+    or words that no description has."""
+    words = [word for word in low if word[0].isalpha()]
+    if not 4 <= len(words) <= 60:
+        return None
+    stripped = re.sub(r"\s+", " ", text).strip().rstrip(" .,")
+    if _REFUSED.search(stripped):
+        return None
+    if not _NOT_SAID.isdisjoint(words) or words[0] in _STARTS_BADLY or words[-1] in _ENDS_BADLY:
+        return None
+    if any(a == b for a, b in pairwise(words)) or any(word.isdigit() and len(word) > 4 for word in low):
+        return None
+    function = sum(word in _FUNCTION for word in words)
+    if function < 2 or function * 6 < len(words):
+        return None
+    capitals = sum(word[0].isupper() for word in tokens[1:] if word[0].isalpha())
+    if capitals * 3 > len(words) or sum(letter.isupper() for letter in stripped) * 4 > len(stripped):
+        return None
+    stripped = re.sub(r" +([,.])", r"\1", stripped)
+    stripped = re.sub(r"([,.])(?=[A-Za-z])", r"\1 ", stripped)
+    stripped = re.sub(r"([.,]){2,}", r"\1", stripped)
+    parts = [part.strip() for part in re.split(r"\. +", stripped)]
+    return ". ".join(part[0].upper() + part[1:] for part in parts if part) + "."
+
+
+def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -> tuple[int, ...]:
+    boxed = bool(context.boxes)
+    looked_for = frozenset(context.labels)
+    unboxed: Counter[str] = Counter()
+    for text in texts:
+        unboxed.update(
+            {
+                mention.form.key
+                for mention in text.mentions
+                if mention.head and mention.form.key in looked_for and mention.form.key not in things
+            }
+        )
+    genders = [(not nouns.MALE.isdisjoint(text.low), not nouns.FEMALE.isdisjoint(text.low)) for text in texts]
+    males, females = genders.count((True, False)), genders.count((False, True))
+    both = genders.count((True, True))
+    content = [
+        {word.rstrip("s") for word in text.low if word[0].isalpha() and word not in nouns.CLOSED} for text in texts
+    ]
+    scored: list[tuple[float, int]] = []
+    for place, text in enumerate(texts):
+        if text.said is None:
+            continue
+        if any(
+            unboxed[mention.form.key] == 1
+            for mention in text.mentions
+            if mention.head and mention.form.key in unboxed and mention.form.key not in things
+        ):
+            continue
+        if males and females and not both:
+            male = genders[place] == (True, False)
+            female = genders[place] == (False, True)
+            if (male and males <= females) or (female and females <= males):
+                continue
+        if boxed and any(
+            thing.count is not None
+            and any(mention.text == place and mention.stated not in (None, thing.count) for mention in thing.mentions)
+            for thing in things.values()
+        ):
+            continue
+        others = [content[other] for other in range(len(texts)) if other != place]
+        shared = sum(len(content[place] & other) for other in others) / max(1, len(others) * len(content[place]))
+        scored.append((-shared, place))
+    return tuple(place for _, place in sorted(scored))
+
+
+def _absent(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -> tuple[str, ...]:
+    if not context.labels:
+        return ()
+    kinds = nouns.lexicon()
+    words = {word for text in texts for word in text.low}
+    pairs = {f"{a} {b}" for text in texts for a, b in pairwise(text.low)}
+    known = {kinds.keys.get(key.lower(), key) for key in things}
+    found = []
+    for label in context.labels:
+        key = kinds.keys.get(label.lower(), label)
+        if label in things or key in known or label in context.crowded or key in context.crowded:
+            continue
+        near = kinds.near.get(key)
+        if near is None:
+            parts = nouns.described(label)
+            near = frozenset((parts.head, nouns.plural(parts.head), *parts.head.split()))
+        if near.isdisjoint(words) and near.isdisjoint(pairs):
+            found.append(label)
+    return tuple(found)
