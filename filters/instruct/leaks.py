@@ -1,0 +1,123 @@
+"""Instructions inside texts (prompt injection), and answers that obey them or speak of their own instructions."""
+
+from __future__ import annotations
+
+import re
+
+from filters.instruct.words import words_of
+
+_OVERRIDE = re.compile(
+    r"\b(?:ignore|disregard|forget|override|bypass|skip)\b[^.!?\n]{0,40}\b(?:instructions?|prompts?|rules?|guidelines?|"
+    r"above|previous|prior|everything|directions?|tasks?)\b|\bsystem (?:prompt|message)\b|\bnew (?:instructions?"
+    r"|task)\b|"
+    r"\byou are now\b|\bact as\b|\bdeveloper mode\b",
+    re.IGNORECASE,
+)
+_DEMAND = re.compile(
+    r"(?:\A|[.!?:;,\n\])}\u2014-]\s*|\b(?:and|then|please|must|should|instead|just|only|always|you|to)\s+)"
+    r"(?:please\s+|instead\s+|always\s+|only\s+|just\s+|now\s+|simply\s+)*"
+    r"(?:say|print|repl(?:y|ies)|output|respond|write|answer|repeat|include|begin|start|end|finish|mention|append|add|"
+    r"return|type|insert|tell|state|reveal|echo|recommend|advertise|promote|claim|describe|call|use|visit|follow)\b"
+    r"(?:\s+(?:only|exactly|with|by|saying|your|the|every|each|all|answers?|replies|reply|responses?|descriptions?|"
+    r"turns?|sentences?|words?|phrases?|back|that|me|us|them|users?|readers?|everyone|in|to|as|it|this|image|picture|"
+    r"following|at|end|start|a|an|please)\b)*\s*[:,]?\s*"
+    r"(?P<what>[^\n]{1,200}?)(?=[.!?](?:\s|\Z)|\n|\Z)",
+    re.IGNORECASE,
+)
+_VERB_FIRST = re.compile(
+    r"(?:\A|[.!?\n]\s*)(?:please\s+|now\s+)?(?:say|print|reply|output|respond|repeat|include|append|insert|reveal|echo|"
+    r"write|answer|mention|tell|return|type|ignore|disregard|forget|recommend|state|begin|end|finish|start|describe)\b",
+    re.IGNORECASE,
+)
+_ADDRESS = re.compile(
+    r"\b(?:assistant|ai|model|chatbot|llm|gpt|language model|captioner|writer|annotator)s?\b\s*[:,]"
+    r"|\b(?:instruction|note|attention|important|system|command)s?\s*(?:to|for)\s+(?:the\s+)?(?:ai|assistant|model"
+    r"|writer)"
+    r"|\b(?:system|instruction|admin|developer)\s*:|\byour (?:reply|answer|response|output)\b|\byou must\b",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(r"(?<=[.!?;\n])\s+|\n+|\s+[-\u2013\u2014|]+\s+")
+_OWN = re.compile(
+    r"\b(?:system prompt|system message|(?:my|these|the|your) (?:previous |prior |own )?instructions? (?:say|said|tell"
+    r"|told|"
+    r"are|were|is)|ignor(?:e|ing) (?:all |any |the |my )?(?:previous|prior|above|earlier) (?:instructions?|prompts?|"
+    r"directions?)|i (?:was|am|have been|'?m) (?:instructed|told|asked|programmed|prompted|supposed) to|"
+    r"as (?:instructed|requested|you (?:asked|requested|instructed))|prompt injection|jailbreak|few[- ]shot|"
+    r"per (?:your|the) instructions|according to (?:my|your|the) (?:instructions?|prompt|guidelines)|"
+    r"(?:my|your) (?:training data|guidelines|prompt)|instructions? (?:above|below|i was given))\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[^\W_]+")
+_SMALL = words_of(
+    "a an the and or of in on at to with it is are that this as by for from be you your i my me we all any not "
+    "only please now then word words phrase sentence following answer reply exactly nothing else every"
+)
+
+
+def is_demand(sentence: str) -> bool:
+    """Whether a sentence of a text tells its reader what to do or to write."""
+    return bool(_OVERRIDE.search(sentence) or _ADDRESS.search(sentence) or _VERB_FIRST.search(sentence))
+
+
+def without_demands(text: str) -> str:
+    """The text without the sentences that tell its reader what to write; the text itself where there is none."""
+    if not (_OVERRIDE.search(text) or _ADDRESS.search(text) or _VERB_FIRST.search(text)):
+        return text
+    kept, armed = [], False
+    for sentence in _SENTENCE.split(text):
+        if is_demand(sentence):
+            armed = True
+            before = _before_demand(sentence)
+            if before:
+                kept.append(before)
+        elif not (armed and _DEMAND.match(sentence)):
+            kept.append(sentence)
+    return " ".join(kept)
+
+
+def _before_demand(sentence: str) -> str:
+    found = [match.start() for match in (_OVERRIDE.search(sentence), _ADDRESS.search(sentence)) if match]
+    return sentence[: min(found)] if found and not _VERB_FIRST.search(sentence) else ""
+
+
+def demands(text: str) -> list[str]:
+    """What a text asks its reader to write, word for word."""
+    if not is_demand_text(text):
+        return []
+    return [match["what"].strip(" \"'\u201c\u201d\u2018\u2019.") for match in _DEMAND.finditer(text)]
+
+
+def is_demand_text(text: str) -> bool:
+    """Whether any sentence of the text is a demand."""
+    return bool(_OVERRIDE.search(text) or _ADDRESS.search(text) or _VERB_FIRST.search(text))
+
+
+def own_instructions(answer: str) -> str | None:
+    """Words with which an answer speaks of its own instructions."""
+    found = _OWN.search(answer)
+    return found[0] if found else None
+
+
+def obeyed(answer: str, texts: tuple[str, ...]) -> str | None:
+    """What a text demanded and the answer says; words that the other texts or sentences hold are no sign of it."""
+    asked = [what for text in texts for what in demands(text)]
+    if not asked:
+        return None
+    innocent = {word.lower() for text in texts for word in _WORD.findall(without_demands(text))}
+    said = [word.lower() for word in _WORD.findall(answer)]
+    joined = f" {' '.join(said)} "
+    for what in asked:
+        words = [word.lower() for word in _WORD.findall(what)]
+        telling = [word for word in words if word not in _SMALL and word not in innocent]
+        if not telling:
+            continue
+        if f" {' '.join(words)} " in joined:
+            return what
+        for size in (4, 3):
+            for at in range(len(words) - size + 1):
+                run = words[at : at + size]
+                if any(word in telling for word in run) and f" {' '.join(run)} " in joined:
+                    return " ".join(run)
+        if len(telling) <= 4 and all(word in said for word in telling):
+            return " ".join(telling)
+    return None

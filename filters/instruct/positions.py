@@ -1,0 +1,292 @@
+"""Statements of left, right, above and below, against the centres of boxes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from filters.instruct.evidence import Evidence, Labelled, negated
+from filters.instruct.vocabulary import Noun, vocabulary
+from filters.instruct.words import words_of
+
+MARGIN = 0.02
+"""Share of the image's width or height by which centres must contradict a statement."""
+MIDDLE = 0.3
+"""Share of the width or height from the frame's centre within which a thing is in the middle."""
+
+_SIDE = r"(?:left|right)"
+_FAR = r"(?:(?:far|extreme|immediate|very|lower|upper|direct) )*"
+_THINGS = re.compile(
+    rf"\b(?:to|on|at|off to|toward|towards) the {_FAR}(?P<side>{_SIDE})(?: hand)?(?: side)? of(?! the (?:image|picture"
+    rf"|photo|"
+    r"photograph|scene|frame|view|shot|viewer|camera)\b)"
+    rf"|(?<!the )(?<!to )(?<!hand )\b(?P<bare>{_SIDE}) of(?! the (?:image|picture|photo|photograph|scene|frame|view"
+    rf"|shot)\b)"
+    r"|\b(?P<up>above|higher than|higher up than)\b|\b(?P<down>below|beneath|underneath|under|lower than"
+    r"|lower down than)\b"
+)
+_BETWEEN = re.compile(r"\b(?:in )?between\b")
+_FRAME = re.compile(
+    r"\b(?:in|on|at|to|near|toward|towards|from|along|inside|within|occupying|fills?|occup(?:y|ies)) (?:the|its) "
+    r"(?P<where>(?:(?:far|extreme|very|upper|lower|top|bottom|left|right|hand|middle|center|centre|central"
+    r"|most) ?){1,5})"
+    r"(?P<part>side|half|corner|edge|part|portion|third|area|section|quarter|quadrant|end)?"
+    r"(?P<of> ?of the (?:image|picture|photo|photograph|scene|frame|view|shot)\b)?"
+)
+_NOT_FRAME = re.compile(
+    r" ?(?:of\b|<\d+>|lane|lens|turn|column|page|panel|row|shelf|rack|sleeve|pocket|drawer|ear|handed|aged|one\b|ones\b"
+    r"|"
+    r"field|floor|level|name|speed|deck|bunk|,? and (?:left|right)|or (?:left|right))"
+)
+_PLACE = re.compile(r"<(\d+)>")
+_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_TO = words_of(
+    "the a an another this that these those his her their its one two three of both and , first second other "
+    "large small big little red blue green yellow white black brown orange"
+)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Subjects, any of which may be meant, stand so to the object."""
+
+    subjects: tuple[Noun, ...]
+    where: str
+    """``left``, ``right``, ``above``, ``below``, of the object or of the frame's middle; or ``middle``, ``between``."""
+    objects: tuple[Noun, ...]
+    """Empty: the frame."""
+    words: str
+    denied: bool = False
+
+
+def marked(tokens: Sequence[str], nouns: Sequence[Noun]) -> tuple[str, list[Noun]]:
+    """The sentence with each noun put as ``<its position>``, its determiner and adjectives before it."""
+    out: list[str] = []
+    at = 0
+    for position, noun in enumerate(nouns):
+        out.extend(tokens[at : noun.start])
+        out.append(f"<{position}>")
+        at = noun.end
+    out.extend(tokens[at:])
+    return " ".join(out), list(nouns)
+
+
+def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[Noun] = ()) -> Iterator[Relation]:
+    """The relations that a sentence states; `spoken_of` are the nouns that ``it`` may mean."""
+    if not any(word in tokens for word in _WORDS):
+        return
+    text, nouns = marked(tokens, nouns)
+    absent = negated(tokens)
+    shift = _positions(tokens, nouns)
+    matches: list[tuple[int, int, str, tuple[Noun, ...], str]] = []
+    for match in _THINGS.finditer(text):
+        where = match["side"] or match["bare"] or ("above" if match["up"] else "below")
+        target = _object(text, match.end(), nouns)
+        if target:
+            matches.append((match.start(), target[1], where, (target[0],), match[0]))
+    for match in _BETWEEN.finditer(text):
+        first = _object(text, match.end(), nouns)
+        if first is None:
+            continue
+        link = re.match(r" and\b", text[first[1] :])
+        second = _object(text, first[1] + link.end(), nouns) if link else None
+        if second:
+            matches.append((match.start(), second[1], "between", (first[0], second[0]), "between"))
+    taken = [(start, end) for start, end, *_ in matches]
+    for match in _FRAME.finditer(text):
+        if any(start <= match.start() < end for start, end in taken):
+            continue
+        if not match["of"] and _NOT_FRAME.match(text[match.end() :].rstrip() or " "):
+            continue
+        words = match["where"].split()
+        if "hand" in words and not match["part"]:
+            continue
+        for where, names in _FRAME_WORDS.items():
+            if not names.isdisjoint(words):
+                if where == "middle" and len(set(words) & _SIDES):
+                    continue
+                matches.append((match.start(), match.end(), where, (), match[0].strip()))
+    matches.sort(key=lambda found: (found[0], found[1]))
+    lower, previous = 0, (0, 0)
+    for start, end, where, objects, words in matches:
+        if (start, end) != previous:
+            lower = previous[1] if previous[1] <= start else 0
+            previous = (start, end)
+        before = text[lower:start]
+        for stop in (";", " while ", " whereas ", ":"):
+            before = before.rpartition(stop)[2]
+        subjects = [nouns[int(place[1])] for place in _PLACE.finditer(before)]
+        if not subjects and re.search(r"\b(?:it|they|he|she|one)\b", before):
+            subjects = list(spoken_of)
+        inverted = not subjects
+        if inverted:
+            rest = min((later[0] for later in matches if later[0] > start), default=len(text))
+            after = [nouns[int(place[1])] for place in _PLACE.finditer(text[end:rest] if rest > end else text[end:])]
+            subjects = after[:1]
+        if subjects:
+            denied = shift(start) in absent
+            yield Relation(
+                tuple(subjects),
+                where,
+                objects,
+                f"{subjects[-1].words} {words} {' and '.join(noun.words for noun in objects)}".strip(),
+                denied,
+            )
+
+
+_FRAME_WORDS = {
+    "left": frozenset({"left"}),
+    "right": frozenset({"right"}),
+    "above": frozenset({"top", "upper"}),
+    "below": frozenset({"bottom", "lower"}),
+    "middle": frozenset({"middle", "center", "centre", "central"}),
+}
+_SIDES = frozenset(["left", "right", "top", "upper", "bottom", "lower"])
+_WORDS = words_of(
+    "left right above below beneath underneath under between top upper bottom lower higher middle center centre"
+)
+
+
+def _positions(tokens: Sequence[str], nouns: Sequence[Noun]) -> Callable[[int], int]:
+    starts: list[tuple[int, int]] = []
+    at, offset = 0, 0
+    by_start = {noun.start: (index, noun) for index, noun in enumerate(nouns)}
+    while at < len(tokens):
+        starts.append((offset, at))
+        if at in by_start:
+            index, noun = by_start[at]
+            offset += len(f"<{index}>") + 1
+            at = noun.end
+        else:
+            offset += len(tokens[at]) + 1
+            at += 1
+
+    def token_at(position: int) -> int:
+        return max((token for start, token in starts if start <= position), default=0)
+
+    return token_at
+
+
+def _object(text: str, at: int, nouns: Sequence[Noun]) -> tuple[Noun, int] | None:
+    match = re.match(r"((?: (?!<)[^\s<]+){0,4}) <(\d+)>", text[at:])
+    if not match:
+        return None
+    words = match[1].split()
+    if any(word in _STOPS for word in words):
+        return None
+    return nouns[int(match[2])], at + match.end()
+
+
+_STOPS = words_of("is are was were sits stands in on at with while who that which ; : , and or there by near")
+
+
+def position_faults(
+    sentences: Sequence[list[str]], evidence: Evidence, width: int, height: int, asked: Sequence[Noun] = ()
+) -> Iterator[str]:
+    """Relations of an answer that box centres contradict and no text states, in words."""
+    spoken_of = list(asked)
+    for tokens in sentences:
+        nouns = evidence.nouns(tokens)
+        for relation in relations(tokens, nouns, spoken_of):
+            fault = position_fault(relation, evidence, tokens, width, height)
+            if fault:
+                yield fault
+        if nouns:
+            spoken_of = [nouns[0]]
+
+
+def position_fault(
+    relation: Relation, evidence: Evidence, tokens: Sequence[str], width: int, height: int
+) -> str | None:
+    """What is wrong with a relation; null where it holds for some of the things named, or nothing is known."""
+    holds = relation_holds(relation, evidence, tokens, width, height)
+    if holds is None or holds is not relation.denied:
+        return None
+    if any(_same(relation, other) for other in text_relations(evidence)):
+        return None
+    return f"{relation.words}: the boxes say otherwise"
+
+
+def relation_holds(
+    relation: Relation, evidence: Evidence, tokens: Sequence[str], width: int, height: int
+) -> bool | None:
+    """Whether some of the subjects stand so to some of the objects; null where one of them has no box."""
+    subjects = [things for noun in relation.subjects if (things := _things(noun, evidence, tokens))]
+    objects = [_things(noun, evidence, tokens) for noun in relation.objects]
+    if len(subjects) < len(relation.subjects) or not all(objects):
+        return None
+    for things in subjects:
+        for thing in things:
+            if _stands(thing, relation.where, objects, width, height):
+                return True
+            others = [other for other in things if other is not thing]
+            relative = not objects and relation.where != "middle" and others
+            if relative and _stands(thing, relation.where, [others], width, height):
+                return True
+    return False
+
+
+def _stands(thing: Labelled, where: str, objects: Sequence[Sequence[Labelled]], width: int, height: int) -> bool:
+    x, y = thing.box.centre
+    x, y = x / width, y / height
+    if where == "middle":
+        return abs(x - 0.5) <= MIDDLE and abs(y - 0.5) <= MIDDLE
+    if where == "between":
+        return any(
+            _inside(x, a.box.centre[0] / width, b.box.centre[0] / width)
+            or _inside(y, a.box.centre[1] / height, b.box.centre[1] / height)
+            for a in objects[0]
+            for b in objects[1]
+            if a is not b and thing is not a and thing is not b
+        )
+    places = (
+        [(0.5, 0.5)]
+        if not objects
+        else [(other.box.centre[0] / width, other.box.centre[1] / height) for other in objects[0] if other is not thing]
+    )
+    for across, down in places:
+        if {
+            "left": x < across + MARGIN,
+            "right": x > across - MARGIN,
+            "above": y < down + MARGIN,
+            "below": y > down - MARGIN,
+        }[where]:
+            return True
+    return False
+
+
+def _inside(value: float, one: float, other: float) -> bool:
+    return min(one, other) - MARGIN <= value <= max(one, other) + MARGIN
+
+
+def _things(noun: Noun, evidence: Evidence, tokens: Sequence[str]) -> list[Labelled]:
+    adjectives = evidence.adjectives & frozenset(tokens[max(noun.start - 3, 0) : noun.start])
+    found = [
+        thing
+        for thing in evidence.labelled
+        if thing.is_a(noun.name.concepts) and (not thing.adjectives or adjectives <= thing.adjectives)
+    ]
+    if not found:
+        found = [thing for thing in evidence.labelled if thing.may_be(noun.name.concepts)]
+    return found
+
+
+def text_relations(evidence: Evidence) -> list[Relation]:
+    """The relations that the texts state."""
+    return [relation for tokens, nouns in evidence.texts for relation in relations(tokens, nouns)]
+
+
+def _same(one: Relation, other: Relation) -> bool:
+    if one.where != other.where or one.denied != other.denied or len(one.objects) != len(other.objects):
+        return False
+    return any(_akin(a, b) for a in one.subjects for b in other.subjects) and all(
+        _akin(a, b) for a, b in zip(one.objects, other.objects, strict=True)
+    )
+
+
+def _akin(one: Noun, other: Noun) -> bool:
+    kinds = vocabulary().kinds
+    return any(
+        a == b or a in kinds.get(b, ()) or b in kinds.get(a, ()) for a in one.name.concepts for b in other.name.concepts
+    )
