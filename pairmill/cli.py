@@ -18,6 +18,7 @@ import typer
 from pairmill import __version__
 from pairmill.commands import versions
 from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, Wait, print_json, shown
+from pairmill.commands.export import export
 from pairmill.commands.forget import forget
 from pairmill.commands.verify import verify
 from pairmill.errors import ConfigError, PairmillError
@@ -51,13 +52,6 @@ class TableFormat(str, Enum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
-
-
-class ExportFormat(str, Enum):
-    """What `pairmill export` writes."""
-
-    WEBDATASET = "webdataset"
-    PARQUET = "parquet"
 
 
 class EngineKind(str, Enum):
@@ -193,6 +187,7 @@ app.command()(versions.snapshots)
 app.command()(versions.diff)
 app.command()(versions.rollback)
 app.command()(versions.vacuum)
+app.command()(export)
 app.command()(forget)
 app.command()(verify)
 
@@ -221,118 +216,6 @@ def sql(
     rows = ask(Dataset(dataset).snapshot(snapshot), query)
     printers = {TableFormat.TABLE: print_rows, TableFormat.JSON: print_json_rows, TableFormat.CSV: print_csv}
     printers[output](rows, sys.stdout)
-
-
-@app.command()
-def export(
-    out: Annotated[
-        str,
-        typer.Option("--out", metavar="DIR", help="folder to write to, or the export to update", show_default=False),
-    ],
-    dataset: Annotated[
-        str | None,
-        typer.Argument(metavar="DATASET", help="a path, s3://... or gs://...; with --verify it may be left out"),
-    ] = None,
-    output: Annotated[
-        ExportFormat | None, typer.Option("--format", help="what to write; with --verify it may be left out")
-    ] = None,
-    where: Annotated[
-        str | None,
-        typer.Option("--where", metavar="SQL", help="a condition over the columns of the view pairs"),
-    ] = None,
-    pairs_per_shard: Annotated[
-        int | None,
-        typer.Option("--pairs-per-shard", min=1, metavar="N", help="admitted pairs a file, at most; 10000 without it"),
-    ] = None,
-    snapshot: SnapshotId = None,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="write nothing: check each file of the export in DIR; exit 1 if one is wrong"),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write the kept pairs of a snapshot as files to train from, or bring an export to a newer snapshot.
-
-    An export that is there already is updated in place: only files whose content changed are written.
-    docs/exports.md says what is in the folder.
-
-    \b
-    Examples:
-      pairmill export out/my-dataset --format webdataset --out shards
-      pairmill export out/my-dataset --format parquet --out table --where "clip_score > 0.3 AND width >= 512"
-      pairmill export --verify --out shards
-    """
-    from dataclasses import asdict
-
-    from pairmill.report.progress import reporter_for
-    from pairmill.store import Dataset
-
-    if verify:
-        _verify_export(dataset, out, output, where, pairs_per_shard, snapshot, as_json)
-        return
-    missing = " and ".join(name for name, given in (("DATASET", dataset), ("--format", output)) if given is None)
-    if dataset is None or output is None:
-        raise ConfigError(
-            f"missing: {missing}; `pairmill export DATASET --format webdataset --out DIR` writes an export, "
-            "`pairmill export --verify --out DIR` checks one"
-        )
-    from pairmill.export import export_parquet, export_webdataset
-
-    write = export_webdataset if output is ExportFormat.WEBDATASET else export_parquet
-    opened = Dataset(dataset).snapshot(snapshot)
-    with reporter_for(sys.stderr) as reporter:
-        report = write(opened, out, where=where, pairs_per_shard=pairs_per_shard or 10_000, progress=reporter)
-    if as_json:
-        print_json(asdict(report))
-    else:
-        typer.echo(shown(report.note))
-
-
-def _verify_export(
-    dataset: str | None,
-    out: str,
-    output: ExportFormat | None,
-    where: str | None,
-    pairs_per_shard: int | None,
-    snapshot: int | None,
-    as_json: bool,
-) -> None:
-    from dataclasses import asdict
-
-    from pairmill.export import verify_export
-    from pairmill.report.progress import reporter_for
-    from pairmill.report.text import without_secrets
-    from pairmill.store import Dataset
-
-    expected: dict[str, Any] = {
-        "dataset": without_secrets(Dataset(dataset).url) if dataset else None,
-        "format": output.value if output else None,
-        "where": where,
-        "pairs_per_shard": pairs_per_shard,
-        "snapshot": snapshot,
-    }
-    given = {name: value for name, value in expected.items() if value is not None}
-    with reporter_for(sys.stderr) as reporter:
-        report = verify_export(out, given, progress=reporter)
-    if as_json:
-        print_json({"ok": report.ok, **asdict(report)})
-    else:
-        for problem in report.problems:
-            typer.echo(shown(f"{problem.file}: {problem.detail}"))
-        if report.ok:
-            typer.echo(
-                shown(
-                    f"{report.out} is whole: {report.pairs:,} pairs of snapshot {report.snapshot} as {report.format}, "
-                    f"{report.files:,} files, {report.bytes:,} bytes"
-                )
-            )
-        elif report.files:
-            typer.echo(
-                "To mend it, remove the files that are wrong and run the same `pairmill export` again: it writes what "
-                "is missing."
-            )
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 @train.command("clip")

@@ -17,7 +17,7 @@ import yaml
 
 from pairmill.demo_examples import Example, choose_examples, draw_examples
 from pairmill.errors import ConfigError
-from pairmill.export.webdataset import export_webdataset
+from pairmill.export import export_webdataset
 from pairmill.procedural.captions import is_true
 from pairmill.procedural.scene import Scene
 from pairmill.procedural.web import Kind, ProceduralWeb

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ TEMPORARY = ".tmp"
 
 _AHEAD = 2**23
 """Bytes that are read ahead from a remote file: its header alone would be a request for each member of a tar."""
+_SYNCS = 16
+"""Files that are waited for at once: a disk's journal takes them together."""
 _ADVICE = "make room or mend access, then run the same again: it goes on"
 
 
@@ -99,15 +102,20 @@ class Folder:
             if handle is not None:
                 os.close(handle)
 
-    def sizes(self) -> dict[str, int]:
-        """Name and size in bytes of each thing in the folder; none where there is no folder. Folders count as empty."""
+    def sizes(self, inside: str = "") -> dict[str, int]:
+        """Name and size in bytes of each thing in the folder, or in one `inside` of it; none where there is no folder.
+        Folders count as empty."""
+        root = self._path(inside) if inside else self._root
         with _explained(f"cannot read {self.url}"):
-            self.fs.invalidate_cache(self._root)
-            if not self.fs.isdir(self._root):
+            self.fs.invalidate_cache(root)
+            if not self.fs.isdir(root):
                 return {}
-            found = self.fs.ls(self._root, detail=True)
-        sizes = {entry["name"].rstrip("/"): entry.get("size") or 0 for entry in found}
-        sizes.pop(self._root.rstrip("/"), None)  # object stores list the mark of an empty folder in it
+            found = self.fs.ls(root, detail=True)
+        sizes = {
+            entry["name"].rstrip("/"): 0 if entry.get("type") == "directory" else entry.get("size") or 0
+            for entry in found
+        }
+        sizes.pop(root.rstrip("/"), None)  # object stores list the mark of an empty folder in it
         return {posixpath.basename(path): sizes[path] for path in sorted(sizes)}
 
     def exists(self) -> bool:
@@ -161,9 +169,23 @@ class Folder:
             sink.write(data)
         return sink.written(name)
 
+    def make(self, name: str) -> None:
+        """Make a folder inside, if it is not there.
+
+        Raises:
+            StoreError: it cannot be done.
+        """
+        with _explained(f"cannot write to {self._path(name)}"):
+            if not storage.is_s3(self.fs):  # which has no folders
+                self.fs.makedirs(self._path(name), exist_ok=True)
+
     @contextlib.contextmanager
-    def create(self, name: str) -> Iterator[Sink]:
+    def create(self, name: str, *, settled: bool = True) -> Iterator[Sink]:
         """A new file, which appears under its name when it is whole.
+
+        Args:
+            name: Its name; the folder of one inside is there.
+            settled: Wait until it is on the disk; for many small files, `settle_files` waits for all at once.
 
         Raises:
             StoreError: it cannot be written.
@@ -175,7 +197,7 @@ class Folder:
             with self.fs.open(temporary, "wb") as file:
                 sink = Sink(file)
                 yield sink
-                if self._local:
+                if self._local and settled:
                     file.flush()
                     os.fsync(file.fileno())
             if self._local:
@@ -202,11 +224,27 @@ class Folder:
         with _explained(f"cannot remove {self._path(name)}"), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._path(name))
 
-    def settle(self) -> None:
-        """Wait until the names of the folder's files are on the disk, so that a power cut cannot undo what was renamed
-        or removed before it and keep what came after."""
+    def remove_folder(self, name: str) -> None:
+        """Take an empty folder away; one that is not empty stays."""
+        with contextlib.suppress(OSError):  # which is how file systems say that it is not empty
+            if not storage.is_s3(self.fs):  # which has no folders
+                self.fs.rmdir(self._path(name))
+
+    def settle_files(self, names: Iterable[str]) -> None:
+        """Wait until what was written into files is on the disk.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
         if self._local:
-            handle = os.open(self._root, os.O_RDONLY)
+            with _explained(f"cannot write to {self.url}"), ThreadPoolExecutor(_SYNCS) as pool:
+                list(pool.map(_sync, map(self._path, names)))
+
+    def settle(self, inside: str = "") -> None:
+        """Wait until the names of the files in the folder, or in one `inside` of it, are on the disk, so that a power
+        cut cannot undo what was renamed or removed before it and keep what came after."""
+        if self._local:
+            handle = os.open(self._path(inside) if inside else self._root, os.O_RDONLY)
             try:
                 with contextlib.suppress(OSError):  # not every file system can
                     os.fsync(handle)
@@ -215,6 +253,14 @@ class Folder:
 
     def _path(self, name: str) -> str:
         return posixpath.join(self._root, name)
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pairmill.errors import ConfigError
+from pairmill.export import images
 from pairmill.export.folder import TEMPORARY, Folder, Written
+from pairmill.export.format import Format, Parts
+from pairmill.export.formats import FORMATS
 from pairmill.export.selection import Group
 
 MANIFEST = "manifest.json"
@@ -31,28 +34,29 @@ LAYOUT = 3
 """Raised when the same snapshot gives other files."""
 
 SIZES = "sizes.json"
-"""Of a WebDataset export: how many samples each tar holds."""
-METADATA_COMPRESSION = "zstd"
-"""Of the metadata beside a tar."""
+"""Of an export with tars: how many samples each of them holds."""
+WHOLE_FILES = frozenset(whole.name for kind in FORMATS.values() for whole in kind.wholes)
+"""Names of files that formats make from the parts of an export."""
 
-_OURS = re.compile(r"(\d{5,12})(\.tar|\.parquet|_stats\.json)")
+_OURS = re.compile(rf"(?:{images.IMAGES}/(\d{{5,12}})|(\d{{5,12}})(\.tar|\.parquet|(_images)?\.jsonl|_stats\.json))")
 
 
 def number_of(name: str) -> int | None:
-    """The number of the group that a file belongs to, by its name; None for a file of another kind."""
+    """The number of the group that a file, or folder of images, belongs to, by its name; None for one of another
+    kind."""
     found = _OURS.fullmatch(name.removesuffix(TEMPORARY))
-    return int(found[1]) if found else None
+    return int(found[1] or found[2]) if found else None
 
 
 def is_temporary(name: str) -> bool:
     """Whether a file is one of an export's that was being written when its process was killed."""
     base = name.removesuffix(TEMPORARY)
-    return base != name and (number_of(base) is not None or base in (*STATES, SIZES))
+    return base != name and (number_of(base) is not None or base in {*STATES, SIZES, *WHOLE_FILES})
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A main file (a tar, or a Parquet file with images) and the files beside it."""
+    """A main file (a tar, annotations, or a Parquet file with images) and the files beside it."""
 
     name: str
     bytes: int
@@ -81,13 +85,23 @@ class FileEntry:
         """The main file and those beside it."""
         return [Written(self.name, self.bytes, self.sha256), *self.side]
 
+    @property
+    def tar(self) -> str | None:
+        """The name of its tar, if there is one."""
+        return next((part.name for part in self.parts if part.name.endswith(".tar")), None)
+
+    @property
+    def lists_images(self) -> bool:
+        """Whether it has a folder of images (`pairmill.export.images`)."""
+        return any(images.is_list(part.name) for part in self.side)
+
 
 @dataclass(frozen=True)
 class Manifest:
     """What an export holds."""
 
     export: dict[str, Any]
-    """What stays over updates: dataset, format, where, pairs_per_shard, layout."""
+    """What stays over updates: dataset, format, where, pairs_per_shard, layout, and options, if there are any."""
     snapshot: int
     digest: str
     """sha256 of the snapshot's record."""
@@ -108,8 +122,20 @@ class Manifest:
     """Only in `TAKEDOWN`: groups whose files may hold less than is said here."""
 
     @property
+    def format(self) -> Format:
+        """Its format.
+
+        Raises:
+            ConfigError: this version of pairmill does not know it.
+        """
+        name = self.export["format"]
+        if name not in FORMATS:
+            raise ConfigError(f"it is an export as {name!r}, which this version of pairmill does not know; update it")
+        return FORMATS[name]
+
+    @property
     def parts(self) -> list[Written]:
-        """All files but the manifest."""
+        """All files but the manifest and image files."""
         return [part for entry in self.files for part in entry.parts] + list(self.side)
 
     def boundaries(self) -> list[Group]:
@@ -168,9 +194,20 @@ def statistics(samples: int, content: str | None, files: Iterable[Written]) -> d
     }
 
 
-def write_sizes(folder: Folder, files: Sequence[FileEntry]) -> Written:
-    """Write how many samples each tar holds."""
-    return folder.write_json(SIZES, {file.name: file.samples for file in files})
+def write_whole_files(folder: Folder, format: Format, files: Sequence[FileEntry]) -> tuple[Written, ...]:  # noqa: A002
+    """Write the files of the whole export from those of its groups.
+
+    Raises:
+        Damaged: a group's file is not whole.
+        FileNotFoundError: one is missing.
+        StoreError: a file cannot be written.
+    """
+    parts = Parts(folder, tuple(file.name for file in files))
+    written = [whole.write(folder, parts) for whole in format.wholes]
+    tars = {file.tar: file.samples for file in files if file.tar}
+    if tars or format.ending == ".tar":
+        written.append(folder.write_json(SIZES, tars))
+    return tuple(written)
 
 
 def statistics_name(number: int) -> str:
@@ -193,9 +230,11 @@ class There:
         """The last manifest there was."""
         return self.manifest or self.previous
 
-    def has_all_of(self, manifest: Manifest) -> bool:
+    def has_all_of(self, manifest: Manifest, folder: Folder) -> bool:
         """Whether each file that is listed is there, by its size."""
-        return all(self.sizes.get(part.name) == part.bytes for part in manifest.parts)
+        return all(self.sizes.get(part.name) == part.bytes for part in manifest.parts) and all(
+            images.whole(folder, entry.number, read=False) for entry in manifest.files if entry.lists_images
+        )
 
 
 def find_export(folder: Folder, identity: dict[str, Any]) -> There:
@@ -248,11 +287,19 @@ def finish_changes(folder: Folder, manifest: Manifest) -> None:
     for name in there:
         if is_temporary(name) or (number_of(name) is not None and name not in listed):
             folder.remove(name)
+    images.sweep(folder, {entry.number for entry in manifest.files if entry.lists_images})
     folder.settle()
     folder.write_json(MANIFEST, manifest.to_json())
     folder.settle()
     for name in {PREVIOUS, TAKEDOWN, BEGUN} & there.keys():
         folder.remove(name)
+
+
+def flat(export: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays over updates, options beside the rest."""
+    options = export.get("options")
+    rest = {name: value for name, value in export.items() if name != "options"}
+    return {**rest, **options} if isinstance(options, dict) else rest
 
 
 def _written(files: Iterable[dict[str, Any]]) -> tuple[Written, ...]:
@@ -267,5 +314,6 @@ def _difference(found: Any, identity: dict[str, Any]) -> str:
     there = found.get("export") if isinstance(found, dict) else None
     if not isinstance(there, dict):
         return "its manifest is damaged"
-    keys = [key for key in identity if there.get(key) != identity[key]]
-    return ", ".join(f"{key} {there.get(key)!r} instead of {identity[key]!r}" for key in keys)
+    there, wanted = flat(there), flat(identity)
+    keys = [key for key in {**wanted, **there} if there.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} {there.get(key)!r} instead of {wanted.get(key)!r}" for key in keys)

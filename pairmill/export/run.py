@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
-from pairmill.errors import StoreError
+from pairmill.errors import ConfigError, StoreError
+from pairmill.export import images
 from pairmill.export.folder import Folder, Written
+from pairmill.export.format import Format, Options
+from pairmill.export.formats import FORMATS
 from pairmill.export.manifest import (
     LAYOUT,
+    SIZES,
     FileEntry,
     Manifest,
     begin_changes,
@@ -21,18 +23,17 @@ from pairmill.export.manifest import (
     finish_changes,
     statistics,
     statistics_name,
+    write_whole_files,
 )
 from pairmill.export.registry import known_exports, register
 from pairmill.export.selection import Group, Selection, steady
+from pairmill.export.tar import Damaged
 from pairmill.report.text import without_secrets
 from pairmill.store import Snapshot
 from schemas.exports import ExportEvent
 
 if TYPE_CHECKING:
     from pairmill.report.progress import Reporter
-
-WriteGroup = Callable[[Selection, Group, pa.Table, Folder], list[Written]]
-"""Writes the files of a group, given its metadata; returns them, the main one first."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class ExportReport:
     samples: int
     files: tuple[str, ...]
     """Names of the main files, in order."""
+    whole: tuple[str, ...]
+    """Names of the files that hold what all main files hold together, in the form that trainers read."""
     bytes: int
     """Size of the main files."""
     written: int
@@ -66,26 +69,45 @@ class ExportReport:
 def export(
     snapshot: Snapshot,
     out: str,
-    kind: str,
-    write_group: WriteGroup,
-    where: str | None,
-    pairs_per_shard: int,
-    progress: Reporter | None,
-    write_side: Callable[[Folder, Sequence[FileEntry]], Written] | None = None,
+    format: str,  # noqa: A002 - as the command calls it
+    *,
+    where: str | None = None,
+    pairs_per_shard: int = 10_000,
+    options: Options | None = None,
+    progress: Reporter | None = None,
 ) -> ExportReport:
-    """Write an export, complete one, or bring it to another snapshot; `write_side` writes a file beside all others.
+    """Export the kept pairs of a snapshot, or bring an export that is there to this snapshot.
+
+    Args:
+        snapshot: What to export.
+        out: A folder, local or any fsspec URL: a new or empty one, or one that holds an export of this dataset in the
+            same format, with the same condition, `pairs_per_shard` and options, finished or not, of whatever snapshot.
+            Of such a one only files whose content changed are written.
+        format: A name of `pairmill.export.formats.FORMATS`.
+        where: An SQL condition over the view ``pairs``, such as ``clip_score >= 0.3``. Only kept pairs are exported,
+            whatever it says.
+        pairs_per_shard: Admitted pairs a group at most; its files hold those of them that are kept.
+        options: What else can be chosen; the format's defaults hold for what is not given.
+        progress: Told how it goes.
 
     Raises:
-        ConfigError: `out` holds something else, or `where` is wrong.
+        ConfigError: there is no such format or it does not take an option, `out` holds something else, `where` is
+            wrong, or the snapshot does not hold what the format needs.
         DatasetLocked: another process is writing in `out`.
         StoreError: a stored file cannot be read, or a file cannot be written.
     """
+    if format not in FORMATS:
+        raise ConfigError(f"format: there is no {format!r}; choose from {', '.join(FORMATS)}")
+    kind = FORMATS[format]
+    chosen = kind.chosen(options or Options())
+    stated = chosen.stated()
     identity = {
         "dataset": without_secrets(snapshot.dataset.url),
-        "format": kind,
+        "format": format,
         "where": where,
         "pairs_per_shard": pairs_per_shard,
         "layout": LAYOUT,
+        **({"options": stated} if stated else {}),
     }
     record = snapshot.record
     digest = hashlib.sha256(json.dumps(record.to_row(), sort_keys=True).encode()).hexdigest()
@@ -93,13 +115,15 @@ def export(
     with (
         snapshot.dataset.reading(),
         # Opened anew: what a takedown did since the caller opened it counts.
-        Selection(Snapshot(snapshot.dataset, record), where, pairs_per_shard) as selection,
+        Selection(
+            Snapshot(snapshot.dataset, record), where, pairs_per_shard, kinds=chosen.kinds or (), columns=kind.columns
+        ) as selection,
         folder.hold(),
     ):
         registry = _Registry(snapshot, folder, identity, progress)
         there = find_export(folder, identity)
         done = there.manifest
-        if done and (done.snapshot, done.digest) == (record.id, digest) and there.has_all_of(done):
+        if done and (done.snapshot, done.digest) == (record.id, digest) and there.has_all_of(done, folder):
             finish_changes(folder, done)  # a killed process may have left something
             return _report(folder, done, 0, registry.finished(done.pairs, anew=False))
         registry.begun(selection.pairs)
@@ -107,7 +131,7 @@ def export(
         before = there.known or Manifest(identity, record.id, digest, 0)
         old = {entry.number: entry for entry in before.files}
         if progress:
-            progress.start(f"export {kind}", selection.pairs)
+            progress.start(f"export {format}", selection.pairs)
         entries, written = [], 0
         for group in selection.groups_behind(before.boundaries()):
             metadata = steady(selection.metadata(group))
@@ -115,7 +139,7 @@ def export(
             parts = _finished(folder, there.sizes, group.number, content, old.get(group.number))
             if parts is None:
                 folder.remove(statistics_name(group.number))  # it never stands beside files that it does not mean
-                parts = write_group(selection, group, metadata, folder)
+                parts = kind.write(selection, group, metadata, folder, chosen)
                 parts.append(
                     folder.write_json(statistics_name(group.number), statistics(metadata.num_rows, content, parts))
                 )
@@ -123,13 +147,37 @@ def export(
             entries.append(_entry(group, metadata.num_rows, content, parts, old.get(group.number), record.id))
             if progress:
                 progress.advance(metadata.num_rows, {})
-        side = (write_side(folder, entries),) if write_side else ()
+        side = _whole_files(folder, kind, entries, before)
         whole = Manifest(identity, record.id, digest, selection.pairs, files=tuple(entries), side=side)
         manifest = _compared(whole, there.known)
         finish_changes(folder, manifest)
         if progress:
             progress.finish()
         return _report(folder, manifest, written, registry.finished(manifest.pairs))
+
+
+def export_webdataset(
+    snapshot: Snapshot,
+    out: str,
+    *,
+    where: str | None = None,
+    pairs_per_shard: int = 10_000,
+    progress: Reporter | None = None,
+) -> ExportReport:
+    """`export` as WebDataset."""
+    return export(snapshot, out, "webdataset", where=where, pairs_per_shard=pairs_per_shard, progress=progress)
+
+
+def export_parquet(
+    snapshot: Snapshot,
+    out: str,
+    *,
+    where: str | None = None,
+    pairs_per_shard: int = 10_000,
+    progress: Reporter | None = None,
+) -> ExportReport:
+    """`export` as Parquet."""
+    return export(snapshot, out, "parquet", where=where, pairs_per_shard=pairs_per_shard, progress=progress)
 
 
 def _finished(
@@ -152,7 +200,29 @@ def _finished(
     parts_and_record = [*parts, Written(name, len(data), hashlib.sha256(data).hexdigest())]
     trusted = before is not None and before.content == content and before.parts == parts_and_record
     whole = all(sizes.get(p.name) == p.bytes and (trusted or folder.look(p.name) == p) for p in parts)
+    listed = any(images.is_list(p.name) for p in parts)
+    if whole and listed:
+        whole = images.whole(folder, number, read=not trusted)
     return parts_and_record if whole else None
+
+
+def _whole_files(folder: Folder, kind: Format, entries: list[FileEntry], before: Manifest) -> tuple[Written, ...]:
+    """The files of the whole export; they are left alone where they are there and nothing that they hold changed."""
+    same = [(e.name, e.content, e.sha256, e.samples) for e in entries] == [
+        (e.name, e.content, e.sha256, e.samples) for e in before.files
+    ]
+    try:
+        if same and before.side and all(folder.look(part.name) == part for part in before.side):
+            return before.side
+    except FileNotFoundError:
+        pass
+    try:
+        return write_whole_files(folder, kind, entries)
+    except (Damaged, FileNotFoundError) as error:
+        raise StoreError(
+            f"a file of {folder.url} is damaged: {error}; `pairmill export --verify --out {folder.url}` says which "
+            "one; remove it and export again"
+        ) from error
 
 
 def _entry(
@@ -256,6 +326,7 @@ def _report(folder: Folder, manifest: Manifest, written: int, registered: bool) 
         where=manifest.export["where"],
         samples=samples,
         files=tuple(file.name for file in files),
+        whole=tuple(part.name for part in manifest.side if part.name != SIZES),
         bytes=sum(file.bytes for file in files),
         written=written,
         previous=manifest.previous,

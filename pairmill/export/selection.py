@@ -28,6 +28,8 @@ from schemas import fields
 if TYPE_CHECKING:
     import duckdb
 
+    from schemas.config import InstructKind
+
 ENDINGS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """The ending of an image member by the format of the stored file."""
 
@@ -108,18 +110,41 @@ def group_shards(files: Sequence[DataFile], pairs_per_shard: int, pinned: Sequen
 class Selection:
     """The kept pairs of a snapshot that satisfy a condition. A context manager: it holds a DuckDB connection.
 
+    Args:
+        snapshot: Of which dataset.
+        where: The condition; null: all.
+        pairs_per_shard: Admitted pairs a group at most.
+        kinds: Select only pairs with conversations of these kinds, and give these.
+        columns: Columns of the store to add to the metadata.
+
     Raises:
-        ConfigError: the condition is no SQL expression over the view ``pairs``, or the snapshot has no images.
+        ConfigError: the condition is no SQL expression over the view ``pairs``, or the snapshot has no images, or no
+            conversations though some are asked for.
     """
 
-    def __init__(self, snapshot: Snapshot, where: str | None, pairs_per_shard: int) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        where: str | None,
+        pairs_per_shard: int,
+        *,
+        kinds: Sequence[InstructKind] = (),
+        columns: Sequence[str] = (),
+    ) -> None:
         if pairs_per_shard < 1:
             raise ConfigError(f"pairs_per_shard must be 1 or more, not {pairs_per_shard}")
         self.snapshot = snapshot
         images = snapshot.columns.get(fields.IMAGE.name)
         if images is None:
             raise ConfigError(f"the recipe {snapshot.record.recipe!r} stores no images, so there is nothing to export")
+        if kinds and fields.INSTRUCTIONS.name not in snapshot.columns:
+            raise ConfigError(
+                f"the recipe {snapshot.record.recipe!r} writes no conversations, so there are none to export; name "
+                "their kinds in the config, such as `instruct: {kinds: {conversation: 1.0}}`, and run a refresh"
+            )
         self._images: str = images
+        self._kinds = tuple(kinds)
+        self._columns = tuple(columns)
         self._pairs_per_shard = pairs_per_shard
         self._connection: duckdb.DuckDBPyConnection = connect(snapshot)
         try:
@@ -136,9 +161,17 @@ class Selection:
 
     def _select(self, where: str | None) -> int:
         """Remember who is selected; the number of pairs."""
-        selected = filtered(self._connection, "FROM pairs WHERE status = 'kept'", where or "true")
+        pairs = "FROM pairs WHERE status = 'kept'"
+        if self._kinds:
+            pairs += f" AND uid IN (SELECT uid FROM instructions WHERE {self._wanted})"
+        selected = filtered(self._connection, pairs, where or "true")
         self._connection.register("selected_pairs", selected)
         return selected.num_rows
+
+    @property
+    def _wanted(self) -> str:
+        """Which rows of the view ``instructions`` are conversations that are asked for."""
+        return f"kind IN ({', '.join(map(repr, self._kinds))}) AND reason IS NULL AND len(messages) > 0"
 
     @property
     def groups(self) -> list[Group]:
@@ -155,12 +188,15 @@ class Selection:
 
     def metadata(self, group: Group) -> pa.Table:
         """The selected pairs of a group with all that is known of them, by shard and uid: one row a sample, ``key``
-        first, and ``shard``. ``caption`` is the text of rank 0, ``texts`` the kept texts by rank."""
+        first, and ``shard``. ``caption`` is the text of rank 0, ``texts`` the kept texts by rank. Where kinds of
+        conversations were asked for, ``conversations`` are those of a pair, in their order: kind, messages, and boxes
+        in pixels of the stored image."""
         here = f"shard BETWEEN {group.first} AND {group.last}"
+        added, joins = self._added(here)
         table = select(
             self._connection,
             f"""SELECT p.* EXCLUDE ({", ".join(_TOLD_ELSEWHERE)}), 'success' AS status,
-                NULL::VARCHAR AS error_message, t.texts, b.boxes
+                NULL::VARCHAR AS error_message, t.texts, b.boxes{added}
                 FROM (FROM pairs WHERE {here}) p
                 SEMI JOIN (FROM selected_pairs WHERE {here}) s ON p.uid = s.uid
                 LEFT JOIN (SELECT uid, list({{text: text, source: source, clip_score: clip_score,
@@ -169,12 +205,30 @@ class Selection:
                 LEFT JOIN (SELECT uid, list({{label: label, x1: x1, y1: y1, x2: x2, y2: y2, score: score,
                   source: source}} ORDER BY label, x1, y1, x2, y2) AS boxes FROM boxes WHERE {here} GROUP BY uid) b
                   ON b.uid = p.uid
+                {joins}
                 ORDER BY p.shard, p.uid""",
         )
         keys = pa.array([self.key(group, index) for index in range(table.num_rows)], pa.string())
         first = [name for name in _FIRST if name in table.column_names]
         rest = sorted(set(table.column_names) - set(first))
         return table.select([*first, *rest]).add_column(0, pa.field("key", pa.string()), keys)
+
+    def _added(self, here: str) -> tuple[str, str]:
+        """What else is selected, and the joins for it."""
+        added, joins = "", ""
+        if self._kinds:
+            order = f"list_position([{', '.join(map(repr, self._kinds))}], kind)"
+            added += ", c.conversations"
+            joins += f"""LEFT JOIN (SELECT uid, list({{kind: kind, messages: messages, boxes: coalesce(boxes, [])}}
+                ORDER BY {order}) AS conversations FROM instructions WHERE {here} AND {self._wanted} GROUP BY uid) c
+                ON c.uid = p.uid """
+        for place, column in enumerate(self._columns):
+            table = self.snapshot.columns.get(column)
+            added += f', s{place}."{column}"' if table else f', NULL AS "{column}"'
+            if table:
+                joins += f"""LEFT JOIN (SELECT uid, any_value("{column}") AS "{column}" FROM store."{table}"
+                    WHERE {here} GROUP BY uid) s{place} ON s{place}.uid = p.uid """
+        return added, joins
 
     def content(self, metadata: pa.Table) -> str:
         """A digest of what a file holds: its metadata, in order, and which images. It reads no image: a stored one is
@@ -213,6 +267,13 @@ class Selection:
                     )
                 images.append(image)
             yield rows, images
+
+
+def without_images(metadata: pa.Table) -> Iterator[tuple[pa.Table, list[None]]]:
+    """As `Selection.images`, and no image is read."""
+    for start in range(0, metadata.num_rows, _DIGESTED):
+        rows = metadata.slice(start, _DIGESTED)
+        yield rows, [None] * rows.num_rows
 
 
 def _digest_values(digest: hashlib._Hash, values: pa.Array) -> None:

@@ -1,9 +1,10 @@
 """Taking pairs out of exports, physically: their samples are gone from every file, and the manifest stays true.
 
 A finished export is mended: files that hold such a pair are written anew without it, under the keys that the other
-samples have. While that goes on the manifest has the name `TAKEDOWN` and names the files concerned; killed, the same
-takedown goes on from it. Of an unfinished export the files concerned are removed: when the export goes on it writes
-them again, from a dataset that no longer has the pair.
+samples have, its image file is removed, and files of the whole export are made again. While that goes on the manifest
+has the name `TAKEDOWN` and names the files concerned; killed, the same takedown goes on from it. Of an unfinished
+export the files concerned are removed, and all files of the whole export: when the export goes on it writes them again,
+from a dataset that no longer has the pair.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import pyarrow.parquet as pq
 
 from pairmill import storage
 from pairmill.errors import DatasetLocked, PairmillError
-from pairmill.export import tar
+from pairmill.export import images, jsonl, metadata, tar
 from pairmill.export.folder import TEMPORARY, Folder, Written
 from pairmill.export.manifest import (
     BEGUN,
     MANIFEST,
-    METADATA_COMPRESSION,
     PREVIOUS,
     STATES,
     TAKEDOWN,
+    WHOLE_FILES,
     FileEntry,
     Manifest,
     finish_changes,
@@ -38,7 +39,7 @@ from pairmill.export.manifest import (
     read_manifest,
     statistics,
     statistics_name,
-    write_sizes,
+    write_whole_files,
 )
 from pairmill.export.registry import known_exports, register
 from pairmill.export.tar import Damaged
@@ -85,10 +86,10 @@ class Removal:
     samples: int = 0
     """Samples that were removed from its files."""
     rewritten: tuple[str, ...] = ()
-    """Main files (tars, Parquet files with images) that were written anew without them."""
+    """Main files (tars, annotations, Parquet files with images) that were written anew without them."""
     deleted: tuple[str, ...] = ()
-    """Files that were removed whole: temporary ones, those of an unfinished export that held such a pair, and damaged
-    ones beside which such a pair was found. The next export writes them anew."""
+    """Files, and folders of images, that were removed whole: temporary ones, those of an unfinished export that held
+    such a pair, and damaged ones beside which such a pair was found. The next export writes them anew."""
     left: tuple[str, ...] = ()
     """Files that may hold such a pair still: damaged ones, and ones that are not the export's and do hold one."""
     note: str = ""
@@ -147,7 +148,7 @@ def holds_pairs(out: str, uids: Collection[str]) -> Held:
         folder = Folder(out)
         if not folder.exists():
             return Held(folder.url, Reach.GONE, note=_gone(folder))
-        names = folder.sizes()
+        names = _all_names(folder)
         found, unread = _search(folder, names, wanted)
     except Exception as error:  # noqa: BLE001 (whatever a file system of fsspec raises)
         return Held(without_secrets(out), Reach.UNREACHABLE, note=_unreachable(out, error))
@@ -178,7 +179,7 @@ class _Takedown:
     def __init__(self, folder: Folder, uids: frozenset[str], dataset: str | None) -> None:
         self._folder = folder
         self._uids = uids
-        self._sizes = folder.sizes()
+        self._sizes = _all_names(folder)
         state = next((name for name in STATES if name in self._sizes), None)
         raw = folder.read_json(state) if state else None
         export = raw.get("export") if isinstance(raw, dict) else None
@@ -186,15 +187,18 @@ class _Takedown:
         self._other = there if dataset is not None and there not in (None, without_secrets(dataset)) else None
         self._finished = read_manifest(folder, state) if state in (MANIFEST, TAKEDOWN) else None
         """The manifest of a finished export."""
+        if self._finished:
+            self._finished.format  # noqa: B018 - one that is not known is left alone
+        self._state = state
         self._found: dict[str, set[str]] = {}
         self._damaged: list[str] = []
         self._left: list[str] = []
         if self._other is None:
             self._found, unread = _search(folder, self._sizes, uids)
             self._damaged = [name for name in unread if number_of(name) is not None and not is_temporary(name)]
-            deleted = self._to_delete()
+            gone = {*self._to_delete(), *self._whole_files()}
             foreign = [name for name in self._found if number_of(name) is None and not is_temporary(name)]
-            self._left = sorted({*foreign, *(name for name in unread if name not in deleted)})
+            self._left = sorted({*foreign, *unread} - gone)
         known = state is not None or any(number_of(name) is not None for name in self._found)
         self._reach = Reach.EXPORT if known else Reach.NO_EXPORT
 
@@ -216,7 +220,8 @@ class _Takedown:
         deleted = self._to_delete()
         samples, rewritten = 0, []
         numbers = self._numbers()
-        if self._finished and (numbers or MANIFEST not in self._sizes):
+        whole = not self._whole_files().isdisjoint(self._found)
+        if self._finished and (numbers or whole or MANIFEST not in self._sizes):
             manifest = self._mend(self._finished, numbers)
             samples = self._finished.pairs - manifest.pairs
             rewritten = [entry.name for entry in manifest.files if entry.number in numbers]
@@ -231,7 +236,12 @@ class _Takedown:
                 self._folder.remove(name)
         records_first = sorted(deleted, key=lambda name: not name.endswith("_stats.json"))
         for name in records_first:  # so that none stands beside files it does not mean
-            self._folder.remove(name)
+            if not name.startswith(f"{images.IMAGES}/"):
+                self._folder.remove(name)
+            elif self._finished and any(name in _names_of(entry) for entry in self._finished.files):
+                images.remove_unlisted(self._folder, _number(name))
+            else:
+                images.clear(self._folder, _number(name))
         self._folder.settle()
         return self._removal(samples, rewritten, deleted)
 
@@ -239,7 +249,7 @@ class _Takedown:
         """Groups of a finished export whose files are to be written anew."""
         if not self._finished:
             return set()
-        listed = {part.name: entry.number for entry in self._finished.files for part in entry.parts}
+        listed = {name: entry.number for entry in self._finished.files for name in _names_of(entry)}
         pending = () if MANIFEST in self._sizes else self._finished.pending
         return {listed[name] for name in self._found if name in listed} | set(pending)
 
@@ -248,14 +258,20 @@ class _Takedown:
         temporary = {name for name in self._sizes if is_temporary(name)}
         ours = {name: number for name in self._sizes.keys() - temporary if (number := number_of(name)) is not None}
         if self._finished:
-            listed = {part.name for part in self._finished.parts}
+            listed = {name for entry in self._finished.files for name in _names_of(entry)}
             concerned = self._numbers()
             names = {name for name in ours if name in self._found and name not in listed}
             names |= {name for name in self._damaged if ours[name] in concerned}  # cannot be mended
         else:
             numbers = {ours[name] for name in ours if name in self._found or name in self._damaged}
             names = {name for name, number in ours.items() if number in numbers}
+            if names or self._state in (PREVIOUS, BEGUN):  # made of other parts than are there, perhaps
+                names |= WHOLE_FILES & self._sizes.keys()
         return sorted(temporary | names)
+
+    def _whole_files(self) -> set[str]:
+        """Files of a finished export that are made of its parts."""
+        return {part.name for part in self._finished.side} if self._finished else set()
 
     def _mend(self, manifest: Manifest, numbers: set[int]) -> Manifest:
         folder = self._folder
@@ -266,9 +282,15 @@ class _Takedown:
         folder.settle()
         folder.remove(MANIFEST)
         folder.settle()
+        for part in manifest.side:
+            if part.name in WHOLE_FILES:
+                folder.remove(part.name)
         files = tuple(self._mended(e) if e.number in numbers else e for e in manifest.files)
         changed = {e.name for e in files if e.number in numbers and e.name not in manifest.new} | {*manifest.changed}
-        side = (write_sizes(folder, files),) if manifest.side else ()
+        try:
+            side = write_whole_files(folder, manifest.format, files)
+        except (Damaged, FileNotFoundError):  # of other files; the manifest keeps what should be there
+            side = manifest.side
         mended = replace(
             manifest,
             pairs=sum(e.samples for e in files),
@@ -288,11 +310,12 @@ class _Takedown:
         for part in entry.parts:
             if part.name == record:
                 continue
-            write = _without_samples if part.name.endswith(".tar") else _without_rows
             try:
-                part, left = write(folder, part.name, self._uids)
+                part, left = _without(folder, part.name, self._uids)
             except (Damaged, FileNotFoundError):
                 folder.remove(part.name)  # what cannot be mended goes; the manifest keeps what should be there
+                if images.is_list(part.name):
+                    images.clear(folder, entry.number)
                 left = samples
             samples = left if part.name == entry.name else samples
             parts.append(part)
@@ -352,29 +375,72 @@ def remove_from_exports(dataset: Dataset, uids: Collection[str], *, dry_run: boo
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def _all_names(folder: Folder) -> dict[str, int]:
+    """Names and sizes of everything in a folder. The images of a group are one thing, with a size of 0; the folder of
+    all images, which is none, is left out."""
+    sizes = folder.sizes()
+    if images.IMAGES not in sizes or not folder.is_folder(images.IMAGES):
+        return sizes
+    del sizes[images.IMAGES]
+    inside = [*map(images.folder_name, images.groups(folder)), *images.foreign(folder)]
+    return {**sizes, **dict.fromkeys(inside, 0)}
+
+
+def _names_of(entry: FileEntry) -> list[str]:
+    """What there is of a group, by the manifest."""
+    folders = [images.folder_name(entry.number)] if entry.lists_images else []
+    return [part.name for part in entry.parts] + folders
+
+
+def _number(name: str) -> int:
+    number = number_of(name)
+    assert number is not None
+    return number
+
+
 def _search(folder: Folder, names: Collection[str], uids: frozenset[str]) -> tuple[dict[str, set[str]], list[str]]:
     """Which of the pairs each file holds, where it holds any; and the files that cannot be read whole."""
     found: dict[str, set[str]] = {}
     unread = []
     for name in names:
-        if folder.is_folder(name):
-            unread.append(name)
-            continue
         here: set[str] = set()
         try:
-            with folder.open(name) as file:
-                for uid in _uids_in(name, file):
-                    if uid in uids:
-                        here.add(uid)
+            if folder.is_folder(name):
+                here.update(uid for uid in _uids_of_images(folder, name) if uid in uids)
+            else:
+                with folder.open(name) as file:
+                    for uid in _uids_in(name, file):
+                        if uid in uids:
+                            here.add(uid)
         except Damaged:
             unread.append(name)
-            with folder.open(name) as file:
-                here.update(uid for uid in _hex_in(file) if uid in uids)
+            if not folder.is_folder(name):
+                with folder.open(name) as file:
+                    here.update(uid for uid in _hex_in(file) if uid in uids)
         except FileNotFoundError:
             continue  # an export that is going on has just renamed it
         if here:
             found[name] = here
     return found, unread
+
+
+def _uids_of_images(folder: Folder, name: str) -> Iterator[str]:
+    """The pairs of a folder of images.
+
+    Raises:
+        Damaged: it holds images that the list of its group does not know, or is another folder.
+    """
+    number = number_of(name)
+    if number is None:
+        raise Damaged("it is a folder")
+    there = set(images.names(folder, number))
+    try:
+        listed = {image.name: image.uid for image in images.read_list(folder, number)}
+    except FileNotFoundError as error:
+        raise Damaged("there is no list of them") from error
+    yield from (uid for image, uid in listed.items() if image in there)
+    if there - listed.keys():
+        raise Damaged("some are not in the list of them")
 
 
 def _uids_in(name: str, file: Any) -> Iterator[str]:
@@ -389,6 +455,8 @@ def _uids_in(name: str, file: Any) -> Iterator[str]:
         yield from _uids_of_table(file)
     elif name.endswith(".tar") and number_of(name) is not None:
         yield from (sample.uid for sample in tar.samples(file))
+    elif name.endswith(".jsonl") and number_of(name) is not None:
+        yield from (uid for uid, _ in jsonl.lines(file))
     else:
         yield from _hex_in(file)
 
@@ -412,6 +480,49 @@ def _hex_in(file: Any) -> Iterator[str]:
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _without(folder: Folder, name: str, uids: frozenset[str]) -> tuple[Written, int]:
+    """Write a file of a group anew without some pairs; the file, and how many pairs it holds. One without them is left
+    alone.
+
+    Raises:
+        Damaged: it is not whole.
+        FileNotFoundError: it is not there.
+    """
+    if name.endswith(".tar"):
+        return _without_samples(folder, name, uids)
+    if images.is_list(name):
+        return _without_images(folder, name, uids)
+    return _without_lines(folder, name, uids) if name.endswith(".jsonl") else _without_rows(folder, name, uids)
+
+
+def _without_images(folder: Folder, name: str, uids: frozenset[str]) -> tuple[Written, int]:
+    """Remove the images of some pairs, and write the list of their group anew."""
+    number = _number(name)
+    listed = images.read_list(folder, number)
+    left = [image for image in listed if image.uid not in uids]
+    if len(left) == len(listed):
+        return folder.look(name), len(listed)
+    for image in listed:
+        if image.uid in uids:
+            folder.remove(f"{images.folder_name(number)}/{image.name}")
+    folder.settle(images.folder_name(number))
+    return images.write_list(folder, number, left), len(left)
+
+
+def _without_lines(folder: Folder, name: str, uids: frozenset[str]) -> tuple[Written, int]:
+    """Write JSON Lines anew without the records of some pairs."""
+    with folder.open(name) as file:
+        there = dict.fromkeys(uid for uid, _ in jsonl.lines(file))
+    left = len(there.keys() - uids)
+    if left == len(there):
+        return folder.look(name), left
+    with folder.open(name) as file, folder.create(name) as sink:
+        for uid, line in jsonl.lines(file):
+            if uid not in uids:
+                sink.write(line)
+    return sink.written(name), left
 
 
 def _without_samples(folder: Folder, name: str, uids: frozenset[str]) -> tuple[Written, int]:
@@ -450,7 +561,7 @@ def _without_rows(folder: Folder, name: str, uids: frozenset[str]) -> tuple[Writ
         table = pq.ParquetFile(file)
         schema = table.schema_arrow
         holds_images = fields.IMAGE.name in schema.names
-        options = parquet_options(schema) if holds_images else {"compression": METADATA_COMPRESSION}
+        options = parquet_options(schema) if holds_images else {"compression": metadata.COMPRESSION}
         rows = 0
         with folder.create(name) as sink, pq.ParquetWriter(sink, schema, **options) as writer:
             for number in range(table.num_row_groups):

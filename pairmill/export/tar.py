@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from pairmill.export.folder import Sink
+from pairmill.export.selection import ENDINGS
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -25,6 +26,14 @@ def add(tar: Sink, name: str, data: bytes | pa.Buffer) -> None:
     tar.write(header(name, size))
     tar.write(data)
     tar.write(b"\0" * (-size % _BLOCK))
+
+
+def add_sample(tar: Sink, row: dict[str, Any], image: bytes | pa.Buffer) -> None:
+    """Write the members of a sample, given its metadata as JSON values: the image, its first text, and the metadata."""
+    key = row["key"]
+    add(tar, f"{key}.{ENDINGS[row['format']]}", image)
+    add(tar, f"{key}.txt", (row["caption"] or "").encode())
+    add(tar, f"{key}.json", json.dumps(row, sort_keys=True, ensure_ascii=False).encode())
 
 
 def end(tar: Sink) -> None:

@@ -7,8 +7,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from pairmill.export import images
 from pairmill.export.folder import Folder, Written
-from pairmill.export.manifest import BEGUN, LAYOUT, MANIFEST, PREVIOUS, STATES, TAKEDOWN, Manifest, is_temporary
+from pairmill.export.manifest import (
+    BEGUN,
+    LAYOUT,
+    MANIFEST,
+    PREVIOUS,
+    STATES,
+    TAKEDOWN,
+    FileEntry,
+    Manifest,
+    flat,
+    is_temporary,
+)
 
 if TYPE_CHECKING:
     from pairmill.report.progress import Reporter
@@ -49,7 +61,7 @@ class VerifyReport:
     snapshot: int | None
     pairs: int | None
     files: int
-    """Files that the manifest lists."""
+    """Files that the manifest lists, and images that its lists of images do."""
     bytes: int
     """Their size."""
     problems: tuple[Problem, ...]
@@ -68,7 +80,7 @@ def verify_export(
     Args:
         out: The folder of the export.
         expected: What it should be an export of: ``dataset``, ``format``, ``where``, ``pairs_per_shard``, ``snapshot``,
-            or some of them.
+            ``images``, ``kinds``, ``boxes``, or some of them.
         progress: Told how it goes.
 
     Raises:
@@ -85,32 +97,68 @@ def verify_export(
     parts = manifest.parts
     if progress:
         progress.start("verify", manifest.pairs)
-    problems = [*_unexpected(manifest, expected or {}), *_checked(folder, sizes, manifest, progress)]
+    pictures = _Pictures()
+    problems = [*_unexpected(manifest, expected or {}), *_checked(folder, sizes, manifest, pictures, progress)]
+    if images.IMAGES in sizes:
+        problems += [Problem(name, Wrong.SURPLUS, _why_surplus(name)) for name in pictures.surplus(folder, manifest)]
     if progress:
         progress.finish()
     listed = {part.name for part in parts} | {MANIFEST}
+    listed |= {images.IMAGES} if any(entry.lists_images for entry in manifest.files) else set()
     problems += [Problem(name, Wrong.SURPLUS, _why_surplus(name)) for name in sizes if name not in listed]
     return VerifyReport(
         folder.url,
         manifest.export["format"],
         manifest.snapshot,
         manifest.pairs,
-        len(parts),
-        sum(part.bytes for part in parts),
+        len(parts) + pictures.files,
+        sum(part.bytes for part in parts) + pictures.bytes,
         tuple(problems),
     )
 
 
 def _checked(
-    folder: Folder, sizes: Mapping[str, int], manifest: Manifest, progress: Reporter | None
+    folder: Folder, sizes: Mapping[str, int], manifest: Manifest, pictures: _Pictures, progress: Reporter | None
 ) -> Iterator[Problem]:
     for entry in manifest.files:
         for part in entry.parts:
-            yield from _check(folder, sizes, part)
+            wrong = list(_check(folder, sizes, part))
+            yield from wrong
+            if images.is_list(part.name) and not wrong:
+                yield from pictures.check(folder, entry)
         if progress:
             progress.advance(entry.samples, {})
     for part in manifest.side:
         yield from _check(folder, sizes, part)
+
+
+class _Pictures:
+    """The image files of an export, by the lists of its groups."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.bytes = 0
+        self._listed: dict[int, set[str]] = {}
+
+    def check(self, folder: Folder, entry: FileEntry) -> Iterator[Problem]:
+        """What is wrong with those of a group, whose list is as it was written."""
+        inside = images.folder_name(entry.number)
+        listed = images.read_list(folder, entry.number)
+        self._listed[entry.number] = {image.name for image in listed}
+        self.files += len(listed)
+        self.bytes += sum(image.bytes for image in listed)
+        sizes = {f"{inside}/{name}": size for name, size in folder.sizes(inside).items()}
+        for image in listed:
+            yield from _check(folder, sizes, Written(f"{inside}/{image.name}", image.bytes, image.sha256))
+
+    def surplus(self, folder: Folder, manifest: Manifest) -> Iterator[str]:
+        """What stands among images and is none of them. Of groups whose list is damaged nothing is known."""
+        yield from images.foreign(folder)
+        unknown = {entry.number for entry in manifest.files if entry.lists_images} - self._listed.keys()
+        for number in images.groups(folder):
+            if number not in unknown:
+                inside, listed = images.folder_name(number), self._listed.get(number, set())
+                yield from (f"{inside}/{name}" for name in images.names(folder, number) if name not in listed)
 
 
 def _check(folder: Folder, sizes: Mapping[str, int], part: Written) -> Iterator[Problem]:
@@ -130,7 +178,7 @@ def _check(folder: Folder, sizes: Mapping[str, int], part: Written) -> Iterator[
 
 
 def _unexpected(manifest: Manifest, expected: Mapping[str, Any]) -> Iterator[Problem]:
-    there = {**manifest.export, "snapshot": manifest.snapshot}
+    there = {**flat(manifest.export), "snapshot": manifest.snapshot}
     for name, value in expected.items():
         if there.get(name) != value:
             yield Problem(MANIFEST, Wrong.OTHER, f"{name} is {there.get(name)!r} instead of {value!r}")

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from pairmill.boxes import Box
+from pairmill.instructions import Instruction, Turn
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE, Dataset, Snapshot
 from schemas import fields
 from schemas.reasons import status_of
@@ -22,6 +24,7 @@ IMAGES_TABLE = "download-00000001"
 CLIP_TABLE = "clip-00000002"
 CAPTIONS_TABLE = "captions-00000003"
 CAPTION_SCORES_TABLE = "scores-00000004"
+INSTRUCT_TABLE = "instruct-00000005"
 
 
 def uid(url: str, text: str) -> str:
@@ -48,6 +51,8 @@ class Pair:
     """Text and reason of each synthetic text; null: the recipe wrote none."""
     choice: tuple[int | str, ...] | None = None
     """Of each text, its rank or its reason; null: no recipe chose."""
+    instructions: tuple[Instruction, ...] | None = None
+    """Its conversations, and why there are none of other kinds; null: no stage wrote any."""
 
     @property
     def url(self) -> str:
@@ -69,6 +74,22 @@ class Pair:
     def texts(self) -> list[dict[str, str]]:
         web = [{"text": self.text, "source": "web"}] if self.text is not None else []
         return web + [{"text": t, "source": "human"} for t in self.more_texts]
+
+
+def instructed(pair: Pair) -> Pair:
+    """The same pair with conversations: several turns, a detail that could not be written, and one with boxes."""
+    n, (width, height) = pair.number, pair.size
+    talk = [Turn("user", f"What is picture {n}?"), Turn("assistant", f"It is [the thing](box:0) of {n}, schön.")]
+    more = [Turn("user", "And where?"), Turn("assistant", "To the left.")]
+    box = Box("thing", 1.25, 2.5, width / 2, height - 0.75, 0.5, "human")
+    other = Box("thing", width / 2, 0, width, height, None, "human")
+    asked = [Turn("user", "What is at [](box:1)?"), Turn("assistant", "[Two things](box:0,1).")]
+    written = (
+        Instruction("conversation", (*talk, *more), (box,), "offline"),
+        Instruction("detail", writer="offline", reason="check.length", detail="too short"),
+        Instruction("grounding", tuple(asked), (box, other), "offline"),
+    )
+    return Pair(**{**vars(pair), "instructions": written})
 
 
 @dataclass
@@ -108,6 +129,12 @@ def build(url: str, pairs: Sequence[Pair], *, clip: bool = True, ledger: pa.Sche
         schema = pa.schema([fields.UID, fields.REASON, fields.DETAIL, *mine])
         _write(built, CAPTION_SCORES_TABLE, schema, [_caption_scores(p) for p in measured if p.captions is not None])
         columns |= {fields.CAPTIONS.name: CAPTIONS_TABLE} | dict.fromkeys([f.name for f in mine], CAPTION_SCORES_TABLE)
+    if any(p.instructions is not None for p in pairs):
+        schema = pa.schema([fields.UID, fields.REASON, fields.DETAIL, fields.INSTRUCTIONS])
+        told = [p for p in measured if p.instructions is not None]
+        rows = [{"uid": p.uid, "instructions": [i.to_row() for i in p.instructions or ()]} for p in told]
+        _write(built, INSTRUCT_TABLE, schema, rows)
+        columns |= {fields.INSTRUCTIONS.name: INSTRUCT_TABLE}
     _write(built, LEDGER_TABLE, ledger, [_ledger(p) for p in pairs], replace=True)
     count = {
         status: sum(status_of(p.reason).value == status for p in pairs) for status in ("kept", "dropped", "deferred")

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pairmill.export import export_parquet, export_webdataset
+from pairmill.export import FORMATS, Options, export
 from pairmill.export.folder import Folder
 from pairmill.export.manifest import MANIFEST, PREVIOUS, read_manifest
 from pairmill.store import Snapshot, read_files
 from tests.export.dataset import Built, Pair
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITE = {"webdataset": export_webdataset, "parquet": export_parquet}
+WRITE = {name: partial(export, format=name) for name in FORMATS}
 
 
 def data(folder: Path) -> dict[str, bytes]:
     """All files but the manifest, which tells of the export's past too."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    return {name: (folder / name).read_bytes() for name in sorted(files(folder)) if name != MANIFEST}
+
+
+def files(folder: Path) -> set[str]:
+    """Paths of all files, in folders inside, too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """What changes when a file is written again, even with the same bytes."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    found = {name: (folder / name).stat() for name in files(folder)}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -45,7 +52,8 @@ def from_scratch(snapshot: Snapshot, like: Path, out: Path, pairs_per_shard: int
     unknown = known.without_content(range(len(known.files)))
     out.mkdir()
     (out / PREVIOUS).write_text(json.dumps(unknown.to_json()))
-    WRITE[known.export["format"]](snapshot, str(out), pairs_per_shard=pairs_per_shard)
+    options = Options(**known.export.get("options", {}))
+    export(snapshot, str(out), known.export["format"], pairs_per_shard=pairs_per_shard, options=options)
     return out
 
 
@@ -56,7 +64,15 @@ def assert_true(folder: Path) -> None:
     for part in parts:
         found = (folder / part["name"]).read_bytes()
         assert (part["bytes"], part["sha256"]) == (len(found), hashlib.sha256(found).hexdigest()), part["name"]
-    assert {part["name"] for part in parts} | {MANIFEST} == {path.name for path in folder.iterdir()}
+    listed = {part["name"] for part in parts} | {MANIFEST}
+    for name in [name for name in listed if name.endswith("_images.jsonl")]:
+        for line in (folder / name).read_text().splitlines():
+            image = json.loads(line)
+            path = f"images/{name[:5]}/{image['name']}"
+            found = (folder / path).read_bytes()
+            assert (image["bytes"], image["sha256"]) == (len(found), hashlib.sha256(found).hexdigest()), path
+            listed.add(path)
+    assert listed == files(folder)
     assert known["pairs"] == sum(file["samples"] for file in known["files"])
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pairmill.export import export_parquet, export_webdataset, remove_pairs
+from pairmill.export import Options, export, remove_pairs
 from pairmill.store import Dataset
 
 
@@ -25,8 +25,9 @@ def work(job: dict[str, Any], out: str) -> None:
     if job["what"] == "takedown":
         remove_pairs(out, job["uids"])
         return
-    write = {"webdataset": export_webdataset, "parquet": export_parquet}[job["format"]]
-    write(Dataset(job["dataset"]).snapshot(job["snapshot"]), out, pairs_per_shard=job["pairs_per_shard"])
+    snapshot = Dataset(job["dataset"]).snapshot(job["snapshot"])
+    options = Options(**job.get("options", {}))
+    export(snapshot, out, job["format"], pairs_per_shard=job["pairs_per_shard"], options=options)
 
 
 def kill_at(step: int, out: str) -> None:

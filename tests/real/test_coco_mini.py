@@ -22,7 +22,7 @@ import pyarrow.csv as pacsv
 import pytest
 from PIL import Image, ImageOps
 
-from pairmill.export.webdataset import export_webdataset
+from pairmill.export import export_webdataset
 from pairmill.query import query
 from pairmill.report.progress import Silent
 from pairmill.run import parse_config, refresh

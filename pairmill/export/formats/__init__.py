@@ -1,0 +1,17 @@
+"""The formats of exports, each in a module of its own; `FORMATS` is the one list of them.
+
+A format is a `pairmill.export.format.Format`. To add one, write its module and name it in `FORMATS`: the command, the
+manifest, updates, `--verify`, takedowns and the tests of all formats take it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pairmill.export.format import Format
+from pairmill.export.formats.llava import LLAVA
+from pairmill.export.formats.parquet import PARQUET
+from pairmill.export.formats.webdataset import WEBDATASET
+
+FORMATS: Mapping[str, Format] = {f.name: f for f in (WEBDATASET, PARQUET, LLAVA)}
+"""By name."""
