@@ -1,71 +1,75 @@
-"""Chat completions of an OpenAI-compatible endpoint (vLLM, SGLang, Ollama, hosted ones).
-
-`ChatClient` asks and reads. What the endpoint says is untrusted, and that it answers at all is not to be relied on: an
-answer that is not there (429, 5xx, time-out, connection) is asked for again with growing pauses; one that cannot be
-used (refused, malformed, cut off, empty) is a `Failed` of its own; one that concerns every request (wrong key, wrong
-model name) stops the run. `PaidChat` is the same with a journal, a budget and a cache, so that an answer is paid for
-once (`pairmill.answers`).
-"""
+"""Chat completions that are paid for once: with a journal, a cache and a budget (`pairmill.answers`)."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import contextlib
 import json
+import math
 import os
-import re
-import socket
-import ssl
 import time
-import unicodedata
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
+from captioners.completions import (
+    CHARS_A_TOKEN,
+    ChatClient,
+    ChatRequest,
+    Completion,
+    Endpoint,
+    Failed,
+    Pace,
+    Probe,
+    Reasons,
+    Rejected,
+    api_key,
+    chat_text,
+    check_base_url,
+    gather_all,
+    one_line,
+)
+from pairmill.answers import (
+    ANSWERED,
+    CUT_OFF,
+    EMPTY,
+    LOST,
+    MALFORMED,
+    REFUSED,
+    Answer,
+    Bound,
+    BudgetSpent,
+    Journal,
+    Ticket,
+)
 from pairmill.errors import ConfigError, StageFailed
-from pairmill.sources import addresses
-from pairmill.sources.addresses import AddressRefused
-from pairmill.sources.fetch import retry_after
+from pairmill.stage import WORKERS_ENV
 from schemas.config import Budget, InstructWriter, Price
-from schemas.reasons import DEFERRED, Reason, with_retry_after
+from schemas.reasons import DEFERRED, Reason
 
-if TYPE_CHECKING:
-    import aiohttp
+__all__ = [
+    "ChatAnswer",
+    "ChatRequest",
+    "NoAnswer",
+    "PaidChat",
+    "chat_text",
+    "gather_all",
+    "model_identity",
+    "one_line",
+    "told",
+]
 
-BACKOFF_S = 0.5
-_GIVE_UP = 16
-"""Attempts in a row without an answer (429, 5xx, time-outs, broken connections) after which requests that were not yet
-tried fail untried, and after time-outs none is tried again: a dead endpoint would else cost each of a million rows all
-its retries."""
-_MAX_BODY = 2**20
-_CHARS_A_TOKEN = 16
-"""An answer may have so many characters for each token asked for; a longer one came from a server that ignores
-``max_tokens``. Tokens of English have 4 to 5 characters, the longest in common vocabularies rarely more than 16."""
-_MAX_DETAIL = 300
-_MIN_SECRET = 8
-"""Shorter keys ("EMPTY", "none") are placeholders for servers that ask for none, and words that a text may hold."""
+SECTION = "instruct.writer"
 
-Result = TypeVar("Result")
-
-
-# -- what is asked and answered ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A question to a model."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    """As the protocol has them: ``role`` and ``content``."""
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-    def digest(self, model: str) -> str:
-        """sha256 (hex) over all that an answer depends on; `model` is the model's identity (`model_identity`)."""
-        asked = [model, list(self.messages), self.max_tokens, self.temperature, self.top_p, self.seed]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+WRITER_REASONS = Reasons(
+    Reason.WRITER_RATE_LIMITED,
+    Reason.WRITER_SERVER_ERROR,
+    Reason.WRITER_TIMEOUT,
+    Reason.WRITER_CONNECTION,
+    Reason.WRITER_REFUSED,
+    Reason.WRITER_MALFORMED,
+    Reason.WRITER_CUT_OFF,
+    Reason.WRITER_EMPTY,
+)
 
 
 @dataclass(frozen=True)
@@ -99,673 +103,27 @@ class NoAnswer(Exception):
         self.cost = cost
 
 
-@dataclass(frozen=True)
-class Reasons:
-    """What failures are called."""
-
-    rate_limited: Reason
-    server_error: Reason
-    timeout: Reason
-    connection: Reason
-    refused: Reason
-    malformed: Reason
-    cut_off: Reason
-    empty: Reason
-
-
-WRITER_REASONS = Reasons(
-    Reason.WRITER_RATE_LIMITED,
-    Reason.WRITER_SERVER_ERROR,
-    Reason.WRITER_TIMEOUT,
-    Reason.WRITER_CONNECTION,
-    Reason.WRITER_REFUSED,
-    Reason.WRITER_MALFORMED,
-    Reason.WRITER_CUT_OFF,
-    Reason.WRITER_EMPTY,
-)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer as it was read."""
-
-    text: str
-    finish: str | None
-    refusal: str | None
-    prompt_tokens: int | None
-    """As the endpoint says; None where it does not say, or nothing that can be so."""
-    completion_tokens: int | None
-
-
-class Failed(Exception):
-    """One attempt gave nothing to use: for a reason of `DEFERRED` there was no answer, else an unusable one."""
-
-    def __init__(
-        self,
-        reason: Reason,
-        detail: str,
-        *,
-        tries: int | None = None,
-        wait_s: float | None = None,
-        completion: Completion | None = None,
-        charged: bool = False,
-    ) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail[:_MAX_DETAIL]
-        self.tries = tries
-        """How often an answer like this may be asked for anew; None: as the budget of retries allows."""
-        self.wait_s = wait_s
-        """How long the endpoint asked to wait."""
-        self.completion = completion
-        """What could be read of an unusable answer."""
-        self.charged = charged
-        """The endpoint may want to be paid for it: it took the request, and did not say that it failed."""
-
-
-class Rejected(Failed):
-    """The endpoint takes this request for wrong: for what is in it, or for what all requests have in common."""
-
-
-# -- where and with which key -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a model is, and how much is asked of it at a time."""
-
-    section: str
-    """Where the config speaks of it, for messages: ``models.captioner``."""
-    base_url: str
-    model: str
-    """Its name there."""
-    api_key_env: str
-    concurrency: int
-    timeout_s: float
-    retries: int
-    max_retry_wait_s: float
-    requests_per_minute: float | None = None
-    """Of this process."""
-    tokens_per_minute: float | None = None
-
-
-def check_base_url(base_url: str, section: str = "models.captioner") -> str:
-    """A usable base URL, without the slash at its end.
-
-    Raises:
-        ConfigError: another scheme than http and https, or a place in it where secrets would end up in logs.
-    """
-    key = f"{section}.base_url"
-    try:
-        address = addresses.parse(base_url, allow_private=True)
-    except AddressRefused as refused:
-        hint = "; the key belongs into an environment variable" if refused.reason == Reason.URL_USERINFO else ""
-        raise ConfigError(f"{key}: {refused.detail}{hint}; write it like https://host/v1") from None
-    if "?" in base_url or "#" in base_url:
-        raise ConfigError(f"{key} has a query or fragment; it ends with the path, such as https://host/v1")
-    return address.url.rstrip("/")
-
-
-def api_key(base_url: str, variable: str, section: str = "models.captioner") -> str | None:
-    """The key that an environment variable holds, or None for a private server that may need none.
-
-    Raises:
-        ConfigError: there is none although the host is on the public internet, or it cannot be sent safely.
-    """
-    key = os.environ.get(variable, "").strip()
-    private = _is_private(addresses.parse(base_url, allow_private=True).host)
-    if not key:
-        if private:
-            return None
-        raise ConfigError(
-            f"{section}: the environment variable {variable} is not set, and {base_url} is on the public "
-            "internet; put the endpoint's key there (on a cluster, where its workers see it), or name another variable "
-            f"as {section}.api_key_env"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {variable} holds characters that no API key has; set it again")
-    if base_url.startswith("http:") and not private:
-        raise ConfigError(
-            f"{section}.base_url: {base_url} sends the key of {variable} in clear over the internet; use https"
-        )
-    return key
-
-
-def _is_private(host: str) -> bool:
-    """Whether all addresses of a host are off the public internet. A name that does not resolve leads nowhere, so it
-    counts as private: requests will say what is wrong."""
-    if (ip := addresses.literal(host)) is not None:
-        return not addresses.is_public(ip)
-    try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except OSError:
-        return True
-    ips = [addresses.literal(address.partition("%")[0]) for address in found]
-    return all(ip is not None and not addresses.is_public(ip) for ip in ips)
-
-
-# -- asking -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A request that no endpoint has a reason to reject, to find out whose fault a rejection is."""
-
-    request: Callable[[], ChatRequest]
-    what: str
-    """What it is, for a message: "a plain picture"."""
-    check: str
-    """What to look at when it is rejected too."""
-
-
-class Pace:
-    """Lets so many units a minute pass, evenly: in no minute more than that, and one request."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self._unit_s = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
-
-    async def wait(self, units: float = 1.0) -> None:
-        """Until these units may pass."""
-        if self._unit_s:
-            at = max(self._next, time.monotonic())
-            self._next = at + units * self._unit_s
-            if (pause := at - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-
-    def give_back(self, units: float) -> None:
-        """So many of them were not needed."""
-        self._next -= units * self._unit_s
-
-
-class ChatClient:
-    """Asks an endpoint. What it learns of it (the newer name of ``max_tokens``) it keeps; connections live while it is
-    entered (``async with``), in one event loop.
-
-    Args:
-        endpoint: Where.
-        key: The API key, held nowhere else.
-        reasons: What failures are called.
-        probe: What is sent after a first rejection.
-        tidy: What becomes of an answer's text before it is judged.
-        fault: Why a tidy text is of no use, or None.
-        backoff_s: The first pause between attempts.
-    """
-
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        key: str | None,
-        reasons: Reasons,
-        probe: Probe,
-        *,
-        tidy: Callable[[str], str],
-        fault: Callable[[str], Reason | None] = lambda _: None,
-        backoff_s: float | None = None,
-    ) -> None:
-        self.endpoint = endpoint
-        self.reasons = reasons
-        self._key = key
-        self._probe = probe
-        self._tidy = tidy
-        self._fault = fault
-        self._backoff_s = BACKOFF_S if backoff_s is None else backoff_s
-        self._tls = ssl.create_default_context()
-        self._length_key = "max_tokens"
-        self._understood = False
-        """Some request was answered with a completion: the endpoint, the model's name and the parameters are right."""
-
-    async def __aenter__(self) -> ChatClient:
-        import aiohttp
-
-        self._slots = asyncio.Semaphore(self.endpoint.concurrency)
-        self._probing = asyncio.Lock()
-        self._open_from = 0.0
-        """The endpoint asked to be left alone until then (monotonic clock)."""
-        self._unanswered = 0
-        self._silence = self.reasons.connection
-        """The reason of the last unanswered request."""
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "pairmill"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        trace = aiohttp.TraceConfig()
-        trace.on_request_headers_sent.append(_mark_sent)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=self._tls),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-            headers=headers,
-            trace_configs=[trace],
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
-
-    async def ask(
-        self,
-        request: Callable[[int], ChatRequest],
-        spread: str,
-        *,
-        anew: bool,
-        send: Callable[[ChatRequest], Awaitable[Completion]] | None = None,
-    ) -> Completion:
-        """A completion that can be used.
-
-        Args:
-            request: The request to send when so many unusable answers came before.
-            spread: Pauses are drawn from it, so that requests do not come in step.
-            anew: Whether to ask anew after an unusable answer.
-            send: Sends one request; `send` by default.
-
-        Raises:
-            Failed: there is none.
-            ConfigError: the key, the name or the config is wrong.
-            StageFailed: the account is empty.
-        """
-        endpoint, count = self.endpoint, 0
-        unusable: dict[Reason, int] = {}
-        for attempt in range(endpoint.retries + 1):
-            try:
-                return await self._in_turn(request(count), attempt == 0, send or self.send)
-            except Failed as failure:
-                last = attempt == endpoint.retries
-                pause = failure.wait_s if failure.wait_s is not None else self._backoff(spread, attempt)
-                if failure.reason in DEFERRED:
-                    if last or pause > endpoint.max_retry_wait_s:
-                        raise
-                    if failure.reason is self.reasons.rate_limited or failure.wait_s is not None:
-                        self._open_from = max(self._open_from, time.monotonic() + pause)
-                else:
-                    tries = unusable[failure.reason] = unusable.get(failure.reason, 0) + 1
-                    if not anew or last or (failure.tries is not None and tries > failure.tries):
-                        raise
-                    count += 1
-            await asyncio.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
-
-    def _backoff(self, spread: str, attempt: int) -> float:
-        """0.5 s, doubled each time, plus up to as much again."""
-        drawn = hashlib.sha256(f"{spread}\n{attempt}".encode()).digest()[0] / 255
-        return min(self._backoff_s * 2**attempt * (1 + drawn), self.endpoint.max_retry_wait_s)
-
-    async def _in_turn(
-        self, request: ChatRequest, first: bool, send: Callable[[ChatRequest], Awaitable[Completion]]
-    ) -> Completion:
-        """One attempt, when there is a slot and the endpoint has not asked to be left alone."""
-        while True:
-            async with self._slots:
-                if (wait := self._open_from - time.monotonic()) <= 0:
-                    if first or self._silence is self.reasons.timeout:
-                        self._check_alive()
-                    try:
-                        return await send(request)
-                    except Rejected as rejected:
-                        await self._check_understood(rejected, send)
-                        raise
-            await asyncio.sleep(wait)
-
-    def _check_alive(self) -> None:
-        if self._unanswered >= max(_GIVE_UP, 2 * self.endpoint.concurrency):
-            detail = f"the endpoint left {self._unanswered} requests in a row unanswered; this one was not tried"
-            raise Failed(self._silence, detail, wait_s=float("inf"))
-
-    async def send(self, request: ChatRequest) -> Completion:
-        """One request within its deadline.
-
-        Raises:
-            Failed: it has no answer that can be used.
-            ConfigError: the key, the name or the config is wrong.
-            StageFailed: the account is empty.
-        """
-        sent = _Sent()
-        try:
-            payload = self._payload(request)
-            status, headers, body = await asyncio.wait_for(
-                self._post(payload, request.digest(self.endpoint.model), sent), self.endpoint.timeout_s
-            )
-            if status != 200:
-                raise self._refusal(status, headers, _json(body), payload)
-            completion = self._read(headers, body, request.max_tokens)
-        except asyncio.TimeoutError:
-            self._unanswered += 1
-            self._silence = self.reasons.timeout
-            detail = f"no whole answer within {self.endpoint.timeout_s:g} s"
-            raise Failed(self.reasons.timeout, detail, charged=sent.yes) from None
-        except Failed as failure:
-            if failure.reason in DEFERRED:
-                self._unanswered += 1
-                self._silence = failure.reason
-            else:
-                self._unanswered = 0
-            raise
-        self._unanswered = 0
-        return completion
-
-    async def _post(self, payload: dict[str, Any], digest: str, sent: _Sent) -> tuple[int, Any, bytes]:
-        """Status, headers and body of the answer."""
-        import aiohttp
-
-        endpoint = self.endpoint
-        url = f"{endpoint.base_url}/chat/completions"
-        try:
-            async with self._session.post(
-                url,
-                json=payload,
-                headers={"Idempotency-Key": digest},
-                allow_redirects=False,
-                trace_request_ctx=sent,
-            ) as response:
-                return response.status, response.headers, await self._body(response)
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise ConfigError(
-                f"{endpoint.section}: the TLS certificate of {endpoint.base_url} is not trusted "
-                f"({self._clean(str(error))}); correct the host's name, or make its authority known (SSL_CERT_FILE)"
-            ) from None
-        except (aiohttp.ClientError, OSError) as error:
-            said = self._clean(f"{type(error).__name__}: {error}")
-            raise Failed(self.reasons.connection, said, charged=sent.yes) from None
-        except (ValueError, AttributeError, AssertionError) as error:
-            # aiohttp on answers that no parser expects
-            said = self._clean(f"not HTTP: {type(error).__name__}: {error}")
-            raise Failed(self.reasons.connection, said, charged=sent.yes) from None
-
-    async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """The body, capped while it streams in."""
-        body = bytearray()
-        async for chunk in response.content.iter_any():
-            body += chunk
-            if len(body) > _MAX_BODY:
-                response.close()
-                if response.status != 200:
-                    break
-                detail = f"the answer has more than {_MAX_BODY} bytes"
-                raise Failed(self.reasons.malformed, detail, charged=True)
-        return bytes(body)
-
-    def _payload(self, request: ChatRequest) -> dict[str, Any]:
-        return {
-            "model": self.endpoint.model,
-            "messages": list(request.messages),
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-            self._length_key: request.max_tokens,
-        }
-
-    # -- reading the answer --
-
-    def _read(self, headers: Any, body: bytes, max_tokens: int) -> Completion:
-        """The completion in an answer of status 200.
-
-        Raises:
-            Failed: there is none that can be used.
-        """
-        malformed = self.reasons.malformed
-        if headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
-            raise Failed(malformed, "the answer is compressed, which was not asked for", charged=True)
-        answer = _json(body)
-        if not isinstance(answer, dict):
-            raise Failed(malformed, f"the answer, {len(body)} bytes, is no JSON object", charged=True)
-        choices = answer.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        message = choice.get("message") if isinstance(choice, dict) else None
-        if not isinstance(choice, dict) or not isinstance(message, dict):
-            unread = Completion("", None, None, _tokens(answer, "prompt"), _tokens(answer, "completion"))
-            raise Failed(malformed, "the answer has no choices[0].message", completion=unread, charged=True)
-        self._understood = True
-        return self._checked(answer, choice, message, max_tokens)
-
-    def _checked(
-        self, answer: dict[str, Any], choice: dict[str, Any], message: dict[str, Any], max_tokens: int
-    ) -> Completion:
-        reasons = self.reasons
-        finish = choice.get("finish_reason")
-        refusal = message.get("refusal")
-        refusal = self._clean(refusal) if isinstance(refusal, str) and refusal.strip() else None
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-            content = " ".join(part for part in parts if isinstance(part, str))
-        if content is None:
-            content = ""
-        text = self._tidy(content) if isinstance(content, str) else ""
-        leaks = self._holds_key(text)
-        read = Completion(
-            "" if leaks else text,
-            self._clean(finish)[:40] if isinstance(finish, str) else None,
-            refusal,
-            _tokens(answer, "prompt"),
-            _tokens(answer, "completion"),
-        )
-
-        def failed(reason: Reason, detail: str, tries: int | None = None) -> Failed:
-            return Failed(reason, detail, tries=tries, completion=read, charged=True)
-
-        if finish == "content_filter":
-            raise failed(reasons.refused, "finish_reason is content_filter", 0)
-        if refusal is not None:
-            raise failed(reasons.refused, refusal, 0)
-        if finish == "length" or (finish is None and (read.completion_tokens or 0) >= max_tokens):
-            raise failed(reasons.cut_off, f"longer than max_tokens ({max_tokens})", 1)
-        if finish in ("tool_calls", "function_call"):
-            raise failed(reasons.malformed, f"finish_reason is {finish}")
-        if not isinstance(content, str):
-            raise failed(reasons.malformed, f"message.content is a {type(content).__name__}")
-        if not text:
-            raise failed(reasons.empty, "the answer holds no text", 1)
-        if leaks:
-            raise failed(reasons.malformed, "the answer repeats the API key", 0)
-        if (reason := self._fault(text)) is not None:
-            raise failed(reason, self._clean(text), 0 if reason is reasons.refused else None)
-        if len(text) > (most := _CHARS_A_TOKEN * max_tokens):
-            raise failed(reasons.malformed, f"{len(text)} characters; at most {most} are taken")
-        return read
-
-    def _refusal(self, status: int, headers: Any, answer: Any, payload: dict[str, Any]) -> Exception:
-        """What an answer with another status than 200 means."""
-        endpoint, reasons = self.endpoint, self.reasons
-        error = _error_of(answer)
-        said = self._clean(str(error.get("message") or ""))
-        detail = f"HTTP {status}: {said}" if said else f"HTTP {status}"
-        where = f"{endpoint.section}: the endpoint {endpoint.base_url} answers {detail}"
-        codes = _codes(error)
-        if status in (400, 403, 422, 451) and (codes & _POLICY_CODES or _POLICY_WORDS.search(said)):
-            return Failed(reasons.refused, detail, tries=0)
-        if status == 402 or (status == 429 and "insufficient_quota" in codes):
-            return StageFailed(f"{where}; add credit or raise the quota, then run again: what is finished is kept")
-        if status in (401, 403):
-            state = "holds the key it does not take" if self._key else "is not set"
-            return ConfigError(
-                f"{where}; the environment variable {endpoint.api_key_env} {state}, set it and run again"
-            )
-        if status in (404, 405) or 300 <= status < 400:
-            if location := headers.get("Location"):
-                where += f" and points to {self._clean(addresses.without_secrets(location))}, which is not followed"
-            return ConfigError(
-                f"{where}; check {endpoint.section}.base_url (up to and with /v1) and the name {endpoint.model!r}"
-            )
-        if status == 400 and "max_tokens" in payload and "max_completion_tokens" in said:
-            self._length_key = "max_completion_tokens"  # OpenAI's newer name for the same
-            return Failed(reasons.server_error, detail, wait_s=0.0)
-        after = headers.get("Retry-After")
-        wait = retry_after(after) if after else None
-        if wait is not None:
-            detail = with_retry_after(detail, wait)
-        if status == 429:
-            return Failed(reasons.rate_limited, detail, wait_s=wait)
-        if status == 408:
-            return Failed(reasons.timeout, detail, wait_s=wait)
-        if status >= 500 or status in (409, 425):
-            return Failed(reasons.server_error, detail, wait_s=wait)
-        if 400 <= status < 500:
-            return Rejected(reasons.refused, detail, tries=0)
-        return Failed(reasons.malformed, f"{detail} is no answer to this request", charged=True)
-
-    async def _check_understood(self, rejected: Rejected, send: Callable[[ChatRequest], Awaitable[Completion]]) -> None:
-        """Find out whether a rejected request was wrong because of what is in it: a plain one is sent, once, in the
-        slot of that request.
-
-        Raises:
-            ConfigError: that is rejected too, so the config is wrong.
-        """
-        async with self._probing:
-            if self._understood:
-                return
-            try:
-                await send(self._probe.request())
-            except Rejected as again:
-                endpoint = self.endpoint
-                raise ConfigError(
-                    f"{endpoint.section}: the endpoint {endpoint.base_url} answers {again.detail}, also to "
-                    f"{self._probe.what}; check the name {endpoint.model!r}{self._probe.check}"
-                ) from None
-            except Failed as failure:
-                if failure.reason in DEFERRED:  # nothing is known of the request then
-                    before = rejected.detail[: max(0, _MAX_DETAIL - len(failure.detail) - len("; then "))]
-                    raise Failed(failure.reason, f"{before}; then {failure.detail}", wait_s=float("inf")) from None
-
-    def _holds_key(self, text: str) -> bool:
-        return bool(self._key) and len(self._key or "") >= _MIN_SECRET and str(self._key) in text
-
-    def _clean(self, text: str) -> str:
-        """Words of the endpoint for a message or a detail: one line, short, without the key."""
-        line = one_line(text)  # first, since characters that are dropped could hide the key
-        if self._key and len(self._key) >= _MIN_SECRET:
-            line = line.replace(self._key, "[key]")
-        return line[:250]
-
-
-class _Sent:
-    """Whether a request has left."""
-
-    yes = False
-
-
-async def _mark_sent(_: object, context: Any, __: object) -> None:
-    context.trace_request_ctx.yes = True
-
-
-async def gather_all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Results in order; the first failure cancels the rest."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _json(body: bytes) -> Any:
-    """The JSON value of a body, or None."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _error_of(answer: Any) -> dict[str, Any]:
-    """The error object of an answer: OpenAI's ``error``, FastAPI's ``detail``, or the answer itself (vLLM of old)."""
-    if not isinstance(answer, dict):
-        return {}
-    error = answer.get("error", answer)
-    if isinstance(error, str):
-        return {"message": error}
-    if not isinstance(error, dict):
-        return {}
-    return error if "message" in error or "detail" not in error else {**error, "message": error["detail"]}
-
-
-def _codes(error: dict[str, Any]) -> set[str]:
-    inner = error.get("innererror")
-    values = [error.get("code"), error.get("type"), inner.get("code") if isinstance(inner, dict) else None]
-    return {value for value in values if isinstance(value, str)}
-
-
-def _tokens(answer: dict[str, Any], which: str) -> int | None:
-    """Tokens of the prompt or the completion, as the answer says; None where it says nothing that can be so."""
-    usage = answer.get("usage")
-    tokens = usage.get(f"{which}_tokens") if isinstance(usage, dict) else None
-    return tokens if type(tokens) is int and 0 <= tokens < 2**31 else None
-
-
-_POLICY_CODES = frozenset(
-    {
-        "content_filter",  # Azure
-        "content_policy_violation",  # OpenAI
-        "moderation_blocked",
-        "ResponsibleAIPolicyViolation",
-        "data_inspection_failed",  # DashScope
-    }
-)
-_POLICY_WORDS = re.compile(r"content (management |safety )?policy|safety system|content_filter", re.IGNORECASE)
-
-
-# -- texts ------------------------------------------------------------------------------------------------------------
-
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_KEPT_FORMATS = frozenset("\u200c\u200d")
-"""Joiners, which Persian and emoji need; other format characters (bidi controls, tags) can hide text."""
-
-
-def one_line(raw: str) -> str:
-    """An answer as one line of text: thoughts of a reasoning model, control, format and bidi characters, surrogates and
-    unassigned code points are dropped, runs of white space become a space."""
-    line = " ".join(_printable(_THOUGHTS.sub("", raw)).split())
-    return line if line.strip("\u200c\u200d ") else ""
-
-
-def chat_text(raw: str) -> str:
-    """An answer as lines of text: as `one_line`, but line breaks and spaces stay."""
-    lines = [_printable(line).rstrip() for line in _THOUGHTS.sub("", raw).splitlines()]
-    text = "\n".join(lines).strip()
-    return text if text.strip("\u200c\u200d \n") else ""
-
-
-def _printable(text: str) -> str:
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_character(c) for c in text)
-
-
-def _character(character: str) -> str:
-    kind = unicodedata.category(character)
-    if kind == "Cc":
-        return " " if character.isspace() else ""
-    return "" if kind[0] == "C" and character not in _KEPT_FORMATS else character
-
-
-# -- paid for once ----------------------------------------------------------------------------------------------------
-
-SECTION = "instruct.writer"
-
-
 def model_identity(writer: InstructWriter) -> str:
     """What a digest knows of a model: its name and revision there; not where it is."""
     return writer.name or "" if writer.revision is None else f"{writer.name}@{writer.revision}"
 
 
 class PaidChat:
-    """Chat completions that are paid for once: one of a worker, entered (``async with``) for each batch of requests.
+    """Chat completions that are paid for once, within a budget: one of a worker, entered (``async with``) for each
+    batch of requests.
 
     What it is made from can be pickled; nothing is opened before it is entered, and the API key is read from the
-    environment then.
-
-    Raises (on entering):
-        ConfigError: there is no key although the host is on the public internet, or it cannot be sent safely.
+    environment then (a `ConfigError` where it is missing or cannot be sent safely). Every request that may be charged
+    is written down before it is sent, and its answer before it is returned (`pairmill.answers`). Limits a minute are
+    those of the whole run: each of its processes (``PAIRMILL_WORKERS``) keeps to its part.
     """
 
-    def __init__(self, dataset: str, endpoint: Endpoint, model: str, price: Price, budget: Budget) -> None:
+    def __init__(self, dataset: str, endpoint: Endpoint, price: Price, budget: Budget) -> None:
         self.dataset = dataset
         self.endpoint = endpoint
-        self.model = model
-        """The model's identity, of which digests are made."""
         self.price = price
         self.budget = budget
-        self._client: ChatClient | None = None
+        self._live: _Live | None = None
 
     @classmethod
     def of(cls, dataset: str, writer: InstructWriter, price: Price, budget: Budget) -> PaidChat:
@@ -789,11 +147,12 @@ class PaidChat:
             writer.max_retry_wait_s,
             writer.requests_per_minute,
             writer.tokens_per_minute,
+            model_identity(writer),
         )
-        return cls(dataset, endpoint, model_identity(writer), price, budget)
+        return cls(dataset, endpoint, price, budget)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}
+        return {**self.__dict__, "_live": None}
 
     def check_key(self) -> str | None:
         """The API key of this process's environment; None for a private server without one.
@@ -803,15 +162,35 @@ class PaidChat:
         """
         return api_key(self.endpoint.base_url, self.endpoint.api_key_env, SECTION)
 
+    def bound(self, request: ChatRequest) -> Bound:
+        """What a request may take at most. A token of a byte-level tokenizer has one byte at least, so there are no
+        more of them than bytes, and those of the chat template."""
+        prompt = _TEMPLATE_TOKENS
+        for message in request.messages:
+            content = message.get("content")
+            text = content if isinstance(content, str) else json.dumps(content)
+            prompt += _MESSAGE_TOKENS + len(text.encode("utf-8", "surrogatepass"))
+        return Bound(prompt, request.max_tokens, self.cost(prompt, request.max_tokens))
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What tokens cost, in the currency of the price."""
+        return (prompt_tokens * self.price.prompt + completion_tokens * self.price.completion) / 1e6
+
     async def __aenter__(self) -> PaidChat:
-        if self._client is None:
-            self._client = ChatClient(self.endpoint, self.check_key(), WRITER_REASONS, _PROBE, tidy=chat_text)
-        await self._client.__aenter__()
+        live = self._live or _Live(self)
+        endpoint = self.endpoint
+        journal = Journal(self.dataset, self.budget, 2 * endpoint.timeout_s + endpoint.max_retry_wait_s)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(live.client)
+            live.journal = await stack.enter_async_context(journal)
+            live.asking = {}
+            live.ending = stack.pop_all()
+        self._live = live
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        if self._client is not None:
-            await self._client.__aexit__(*exc)
+    async def __aexit__(self, *exc: Any) -> None:
+        assert self._live is not None
+        await self._live.ending.__aexit__(*exc)
 
     async def ask(self, uid: str, shard: int, purpose: str, request: ChatRequest) -> ChatAnswer:
         """The answer to a request: the one that was paid for before, or a new one.
@@ -826,20 +205,176 @@ class PaidChat:
             NoAnswer: there is none, or none that can be used.
             ConfigError: the key, the name or the config is wrong.
             StageFailed: the account is empty.
+            StoreError: the journal cannot be written.
         """
-        del uid, shard, purpose
-        assert self._client is not None
+        live = self._live
+        assert live is not None, "enter it first"
+        digest = self.endpoint.digest(request)
+        while True:
+            if (known := await live.journal.find(shard, digest)) is not None:
+                return told(known, cached=True)
+            asking = live.asking.get((shard, digest))
+            if asking is None:
+                break
+            await asyncio.wait([asking])  # another asks the same: its answer is in the journal then
+            if not asking.cancelled() and (failure := asking.result()) is not None:
+                raise NoAnswer(failure.reason, failure.detail)
+        asking = live.asking[shard, digest] = asyncio.get_running_loop().create_future()
         try:
-            read = await self._client.ask(lambda _: request, request.digest(self.model), anew=False)
+            answer = await live.pay(uid, shard, purpose, digest, request)
         except Failed as failure:
-            raise NoAnswer(failure.reason, failure.detail) from None
-        prompt, completion = read.prompt_tokens or 0, read.completion_tokens or 0
-        cost = (prompt * self.price.prompt + completion * self.price.completion) / 1e6
-        return ChatAnswer(read.text, read.finish, read.refusal, prompt, completion, cost, False)
+            if failure.reason in DEFERRED or (known := await live.journal.find(shard, digest)) is None:
+                asking.set_result(failure)
+                raise NoAnswer(failure.reason, failure.detail) from None
+            answer = known
+        finally:
+            if not asking.done():
+                asking.set_result(None)
+            del live.asking[shard, digest]
+        return told(answer, cached=False)
 
+    def answer(
+        self, ticket: Ticket, request: ChatRequest, found: Completion | Failed, seconds: float | None = None
+    ) -> Answer:
+        """What is written down of an answer, usable or not. Where the endpoint does not say how many tokens it took, or
+        less than can be true, the upper bound counts."""
+        failure = found if isinstance(found, Failed) else None
+        read = found.completion if isinstance(found, Failed) else found
+        text = read.text if read else ""
+        prompt, completion = ticket.bound.prompt_tokens, ticket.bound.completion_tokens
+        estimated = True
+        if failure is not None and not failure.charged:
+            prompt, completion, estimated = 0, 0, False
+        elif read is not None and read.prompt_tokens is not None and read.completion_tokens is not None:
+            asked = sum(len(m["content"]) for m in request.messages if isinstance(m.get("content"), str))
+            least = (math.ceil(asked / CHARS_A_TOKEN), math.ceil(len(text) / CHARS_A_TOKEN))
+            if read.prompt_tokens >= least[0] and read.completion_tokens >= least[1]:
+                prompt, completion, estimated = read.prompt_tokens, read.completion_tokens, False
+        return Answer(
+            uid=ticket.uid,
+            request=ticket.request,
+            digest=ticket.digest,
+            purpose=ticket.purpose,
+            model=ticket.model,
+            at=ticket.at,
+            outcome=ANSWERED if failure is None else _OUTCOMES.get(failure.reason, LOST),
+            text=text or None,
+            finish=read.finish if read else None,
+            detail=failure.detail if failure else None,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            estimated=estimated,
+            cost=self.cost(prompt, completion),
+            seconds=None if seconds is None else round(seconds, 3),
+        )
+
+
+def told(answer: Answer, *, cached: bool) -> ChatAnswer:
+    """A stored answer as one who asks gets it.
+
+    Raises:
+        NoAnswer: it cannot be used.
+    """
+    if answer.outcome != ANSWERED:
+        reason = _REASONS_OF.get(answer.outcome, Reason.WRITER_CONNECTION)
+        raise NoAnswer(reason, answer.detail or "", answer.prompt_tokens, answer.completion_tokens, answer.cost)
+    return ChatAnswer(
+        answer.text, answer.finish, None, answer.prompt_tokens, answer.completion_tokens, answer.cost, cached
+    )
+
+
+_OUTCOMES = {
+    WRITER_REASONS.refused: REFUSED,
+    WRITER_REASONS.malformed: MALFORMED,
+    WRITER_REASONS.cut_off: CUT_OFF,
+    WRITER_REASONS.empty: EMPTY,
+}
+_REASONS_OF = {outcome: reason for reason, outcome in _OUTCOMES.items()}
+_TEMPLATE_TOKENS = 64
+"""What a chat template may add of itself: Qwen's system message, Llama's date."""
+_MESSAGE_TOKENS = 16
+"""And to each message: role and delimiters."""
 
 _PROBE = Probe(
     lambda: ChatRequest(({"role": "user", "content": "Say OK."},), 16, 0.0, 1.0, 0),
     "a plain question",
     " and instruct.writer",
 )
+
+
+class _Live:
+    """What a `PaidChat` has that cannot be pickled."""
+
+    journal: Journal
+    asking: dict[tuple[int, str], asyncio.Future[Failed | None]]
+    """Requests under way; what failed, when they are done."""
+    ending: contextlib.AsyncExitStack
+
+    def __init__(self, chat: PaidChat) -> None:
+        endpoint = chat.endpoint
+        self._chat = chat
+        self.client = ChatClient(endpoint, chat.check_key(), WRITER_REASONS, _PROBE, tidy=chat_text)
+        workers = int(os.environ.get(WORKERS_ENV, "1"))
+        self._requests = Pace(endpoint.requests_per_minute and endpoint.requests_per_minute / workers)
+        self._tokens = Pace(endpoint.tokens_per_minute and endpoint.tokens_per_minute / workers)
+
+    async def pay(self, uid: str, shard: int, purpose: str, digest: str, request: ChatRequest) -> Answer:
+        """A new answer that can be used.
+
+        Raises:
+            Failed: there is none.
+        """
+        paid: list[Answer] = []
+
+        async def send(asked: ChatRequest) -> Completion:
+            if asked is request:
+                return await self._send(uid, shard, purpose, digest, asked, paid)
+            return await self._send(uid, shard, "probe", self._chat.endpoint.digest(asked), asked, [])
+
+        await self.client.ask(lambda _: request, digest, anew=False, send=send)
+        return paid[-1]
+
+    async def _send(
+        self, uid: str, shard: int, purpose: str, digest: str, request: ChatRequest, paid: list[Answer]
+    ) -> Completion:
+        """One request, with all that is due before and after."""
+        bound = self._chat.bound(request)
+        took, paced = 0, False
+
+        async def pace() -> None:
+            nonlocal paced
+            paced = True
+            await self._requests.wait()
+            await self._tokens.wait(bound.tokens)
+
+        try:
+            try:
+                model = self._chat.endpoint.identity or self._chat.endpoint.model
+                ticket = await self.journal.ask(shard, uid, digest, purpose, model, bound, pace)
+            except BudgetSpent as spent:
+                raise Failed(Reason.WRITER_BUDGET, str(spent), wait_s=float("inf")) from None
+            begin = time.monotonic()
+            try:
+                read = await self.client.send(request)
+            except Failed as failure:
+                if failure.charged or (failure.reason is Reason.WRITER_REFUSED and not isinstance(failure, Rejected)):
+                    answer = self._chat.answer(ticket, request, failure, time.monotonic() - begin)
+                    took = answer.tokens
+                    await self.journal.answered(ticket, answer)
+                else:
+                    await self.journal.free(ticket)
+                raise
+            except (ConfigError, StageFailed):
+                await self.journal.free(ticket)
+                raise
+            except BaseException:
+                self.journal.abandon(ticket)
+                raise
+            answer = self._chat.answer(ticket, request, read, time.monotonic() - begin)
+            took = answer.tokens
+            await self.journal.answered(ticket, answer)
+            paid.append(answer)
+            return read
+        finally:
+            if paced:
+                self._tokens.give_back(bound.tokens - took)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from captioners.chat import (
+from captioners.completions import (
     BACKOFF_S,
     ChatClient,
     ChatRequest,

@@ -221,7 +221,7 @@ def exclusive(
         DatasetLocked: another process holds it; the message names it.
         StoreError: the store cannot be reached, or does not keep to conditional writes.
     """
-    with _this_process(ttl_s) as mine:
+    with this_process(ttl_s) as mine:
         lease = _acquire(fs, f"{root}/{_FOLDER}/{name}.json", root, mine, wait_s, renew_s)
         try:
             yield lease
@@ -273,7 +273,7 @@ def shared(fs: Any, root: str, *, ttl_s: float = TTL_S, renew_s: float = RENEW_S
     """
     gate = f"{root}/{_FOLDER}/{_REMOVE}.json"
     watch = _Watch()
-    with _this_process(ttl_s) as mine:
+    with this_process(ttl_s) as mine:
         while (
             True
         ):  # first say so, then look at the gate: one who removes closes the gate first, then looks for readers
@@ -365,7 +365,7 @@ def _objects(fs: Any, folder: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _this_process(ttl_s: float) -> Iterator[Holder]:
+def this_process(ttl_s: float) -> Iterator[Holder]:
     """This process as the holder of one lease, alive until this ends."""
     pid = os.getpid()
     mine = Holder(uuid.uuid4().hex, socket.gethostname(), pid, _machine(), _started(pid) or "", ttl_s=ttl_s)

@@ -31,6 +31,10 @@ RUN_ERRORS = (NameError, AttributeError, ImportError, NotImplementedError, Pairm
 head of another width). They are no row's fault: `apply` lets them through."""
 
 
+WORKERS_ENV = "PAIRMILL_WORKERS"
+"""Environment variable: how many processes of this run work side by side, where there are several (local engine)."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one worker of a stage occupies. Never part of a stage's identity: results do not depend on it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
+from pairmill.stage import WORKERS_ENV
 from schemas.config import Engine as EngineConfig
 
 WORKER_RETRIES = 3
@@ -53,7 +55,10 @@ class LocalEngine:
         while True:
             unfinished: dict[Future[Unit], Unit] = {}
             pool = ProcessPoolExecutor(
-                self._workers, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize, initargs=(job,)
+                self._workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_initialize,
+                initargs=(job, self._workers),
             )
             try:
                 while True:
@@ -103,10 +108,11 @@ _process_workers: list[Worker] = []
 """In a worker process: its workers, which keep opened kernels from unit to unit."""
 
 
-def _initialize(job: Job) -> None:
+def _initialize(job: Job, workers: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which stops the pool in order
+    os.environ[WORKERS_ENV] = str(workers)
     _process_workers[:] = _open(job)
 
 
