@@ -25,7 +25,8 @@ JOURNAL = "_journal"
 """Folder of what is not in the table yet, in the dataset."""
 
 _LINES = "answers"
-_OPEN = "open"
+OPEN = "open"
+"""Folder of the marks of sessions under way."""
 _SPENDING = "spending.json"
 _WRITERS = 8
 """Objects that a session writes at a time."""
@@ -172,7 +173,7 @@ class Disk(Place):
 
     def mark(self, session: str) -> str:
         """The file that a session holds locked for as long as it lasts: the kernel frees it when a process dies."""
-        return posixpath.join(self.folder, _OPEN, session)
+        return posixpath.join(self.folder, OPEN, session)
 
     def alive(self, session: str, share: Share | None) -> bool | None:  # noqa: ARG002, D102 (see Place)
         import fcntl

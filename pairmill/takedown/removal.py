@@ -4,9 +4,9 @@ In this order:
 
 1. The request is recorded as tombstones: hashes only. That needs no lock, so a run that is under way sees them before
    it publishes.
-2. Under the dataset's lock all files are searched, those of old versions and those that no version names too. What is
-   found is written down as a sum (the table ``takedowns``), then all pairs that go become tombstones: from here on who
-   goes does not depend on what is left of them.
+2. Under the dataset's lock the journal of paid answers goes into its table, and all files are searched, those of old
+   versions and those that no version names too. What is found is written down as a sum (the table ``takedowns``), then
+   all pairs that go become tombstones: from here on who goes does not depend on what is left of them.
 3. Each file that holds something of them, and that the latest version or a snapshot reads, gets a copy without it.
 4. The table ``rewrites`` says which copy stands for which file, so old snapshots read the copies.
 5. Each table's latest version gets the copies in a commit.
@@ -38,6 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pairmill.answers import fold
 from pairmill.errors import ConfigError, DatasetLocked, StoreError
 from pairmill.export.registry import KnownExport, known_exports
 from pairmill.export.takedown import Reach, Removal, remove_from_exports
@@ -322,6 +323,7 @@ class _Takedown:
 
     def carry_out(self) -> TakedownReport:
         """Do all of it, in the order that the module says."""
+        fold(self.dataset, alone=True)  # whoever asked for answers is done, or dead: the lock is held
         inventory = Inventory(self.dataset)
         findings = search(inventory, (), self.reporter)
         account = _account(self.dataset, inventory, findings, self.requests)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pairmill.answers import ANSWERS_TABLE
 from pairmill.errors import StoreError
 from pairmill.recount import recounted
 from pairmill.report.progress import Reporter, Silent
@@ -43,6 +44,9 @@ ROLLBACK = "_rollback.json"
 KIND = "rollback"
 
 _ALWAYS = (HISTORY_TABLE, LEDGER_TABLE)
+
+_NEVER = (ANSWERS_TABLE,)
+"""What was paid for stays: the same questions get the same answers again."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +244,11 @@ def _by_shard(tables: Iterable[tuple[str, list[DataFile]]]) -> Mapping[int, set[
 
 
 def _partitioned(dataset: Dataset) -> list[str]:
-    """The tables that are partitioned by shard: all but those of records."""
+    """The tables that are partitioned by shard, all but those of records, and that a rollback may touch."""
     found = []
     for name in dataset.tables():
+        if name in _NEVER:
+            continue
         delta = open_delta(dataset, name)
         if delta is not None and delta.metadata().partition_columns:
             found.append(name)

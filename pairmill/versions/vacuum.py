@@ -20,6 +20,8 @@ import pyarrow as pa
 import yaml
 from pydantic import ValidationError
 
+from pairmill.answers import JOURNAL
+from pairmill.answers.place import OPEN
 from pairmill.errors import ConfigError
 from pairmill.isolate import MARKS
 from pairmill.report.progress import Reporter, Silent
@@ -289,6 +291,10 @@ class _Survey:
         if folder == MARKS:
             for info in self._find(folder).values():
                 self._goes_if_old(folder, LEFTOVER, info)
+        elif folder == JOURNAL:  # its lines are what was paid for: `pairmill.answers.fold` removes them
+            for relative, info in self._find(folder).items():
+                if _TEMPORARY.fullmatch(relative) or relative.startswith(OPEN):
+                    self._goes_if_old(folder, LEFTOVER, info)
         elif folder in (PAIRS_TABLE, LEDGER_TABLE) or stage_of(folder) is not None:
             for relative, info in self._find(folder).items():
                 if _DATA.fullmatch(relative) or _TEMPORARY.fullmatch(relative):
