@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 
 from pairmill import storage
+from pairmill.answers import ANSWERS, ANSWERS_TABLE, usage_sql
 from pairmill.errors import ConfigError, StoreError
 from pairmill.store import HISTORY_TABLE, LEDGER_TABLE, PAIRS_TABLE, SNAPSHOTS_TABLE
 from schemas import fields
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from pairmill.store import DataFile, Dataset, Snapshot
 
-VIEWS = ("pairs", "texts", "images", "image_history", "boxes", "instructions", "snapshots")
+VIEWS = ("pairs", "texts", "images", "image_history", "boxes", "instructions", "usage", "snapshots")
 """What a query can name."""
 
 _PROTOCOL = "snapshot"
@@ -108,6 +109,8 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
         one row a box, in pixels of the stored image, clipped to it; boxes outside of it (cropped away) are left out
     ``instructions``
         one row a conversation that was asked for of a kept pair; a reason says why there is none
+    ``usage``
+        one row a request to an endpoint that was, or may have been, charged; of the dataset as it is now
     ``snapshots``
         one row a published snapshot
 
@@ -180,6 +183,7 @@ class _Views:
         self._history()
         self._boxes()
         self._instructions()
+        self._usage()
         self._snapshots()
 
     def _table(self, name: str) -> None:
@@ -340,12 +344,24 @@ class _Views:
                 f"FROM store.{PAIRS_TABLE} WHERE false",
             )
             return
+        shown = ", ".join(f"c.{n} AS {n}" for n in _INSTRUCTION)
         self._view(
             "instructions",
-            f"""SELECT uid, uid || '-' || c.kind AS id, c.kind AS kind,
-                {", ".join(f"c.{n} AS {n}" for n in _INSTRUCTION)}, shard FROM (SELECT i.uid, i.shard, unnest(i.instructions) AS c FROM store.{_name(table)} i
-                JOIN store.{LEDGER_TABLE} l ON l.uid = i.uid AND l.shard = i.shard WHERE l.status = 'kept')""",
+            f"""SELECT uid, uid || '-' || c.kind AS id, c.kind AS kind, {shown}, shard
+                FROM (SELECT i.uid, i.shard, unnest(i.instructions) AS c FROM store.{_name(table)} i
+                      JOIN store.{LEDGER_TABLE} l ON l.uid = i.uid AND l.shard = i.shard WHERE l.status = 'kept')""",
         )
+
+    def _usage(self) -> None:
+        """What endpoints were asked. What was paid stays paid, so this is no part of a snapshot."""
+        files = _usage_files(self._snapshot.dataset)
+        if files:
+            paths = ", ".join(_text(_address(self._snapshot.dataset, file)) for file in files)
+            self._view("usage", f"{usage_sql(f'read_parquet([{paths}])')} ORDER BY asked_at, uid, purpose")
+            return
+        self._connection.register("empty_table", ANSWERS.empty_table())
+        self._connection.execute(f"CREATE TABLE usage AS {usage_sql('empty_table')}")
+        self._connection.unregister("empty_table")
 
     def _snapshots(self) -> None:
         rows = [record.to_row() for record in self._snapshot.dataset.snapshots()]
@@ -444,6 +460,10 @@ def _schema(table: str, columns: dict[str, str]) -> pa.Schema:
     return pa.schema([fields.UID, fields.REASON, fields.DETAIL, *own, fields.SHARD])
 
 
+def _usage_files(dataset: Dataset) -> list[DataFile]:
+    return dataset.table(ANSWERS_TABLE, ANSWERS).files()
+
+
 def _address(dataset: Dataset, file: DataFile) -> str:
     """The name of a file inside the connection: its path below the dataset."""
     return f"{_PROTOCOL}://{file.path[len(dataset.root) :].lstrip('/')}"
@@ -502,6 +522,9 @@ class _SnapshotFiles(fsspec.AbstractFileSystem):
             for table in snapshot.record.tables
             if table != SNAPSHOTS_TABLE
             for file in snapshot.files(table)
+        }
+        self._files |= {
+            self._strip_protocol(_address(snapshot.dataset, file)): file for file in _usage_files(snapshot.dataset)
         }
 
     def _file(self, path: str) -> DataFile:

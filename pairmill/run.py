@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from pairmill import config_file, retry, revisits, takedown, versions
+from pairmill import answers, config_file, retry, revisits, takedown, versions
 from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
 from pairmill.engines import open_engine
@@ -237,6 +237,7 @@ class _Refresh:
             for record in set_torn_aside(self.dataset, name):
                 self.reporter.note(f"{name}: the commit record {record} was not written to its end; set aside")
         versions.finish(self.dataset, self.reporter)
+        answers.fold(self.dataset, alone=True)
         takedown.finish(self.dataset, self.reporter)
 
     def _retry(self, everything: bool) -> None:
@@ -341,6 +342,7 @@ class _Refresh:
                     committed = time.monotonic()
         finally:  # also on Ctrl-C and on a failure elsewhere: what is finished is kept
             self._commit(plan, done)
+            answers.fold(self.dataset)
             self.reporter.finish()
 
     def _commit(self, plan: Plan, units: list[Unit]) -> None:

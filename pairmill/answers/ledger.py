@@ -93,7 +93,7 @@ class Bound:
 
 def usage_sql(answers: str) -> str:
     """SQL of the usage ledger over the answers table, which the query calls `answers`."""
-    names = "uid, purpose, model, at, outcome, prompt_tokens, completion_tokens, estimated, cost"
+    names = 'uid, purpose, model, "at" AS asked_at, outcome, prompt_tokens, completion_tokens, estimated, cost, seconds'
     return f"SELECT {names} FROM {answers}"  # noqa: S608 (a name of ours)
 
 
