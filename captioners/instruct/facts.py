@@ -12,7 +12,7 @@
   it another one. In a label ("large red circle") size and colour are part of the label.
 - **Left, right, above, below** hold between things that are each the one of their label, when the centres of their
   boxes differ by `MARGIN` of the image's side and the boxes share at most `SHARED` of the smaller one's extent on that
-  axis. **Place in the picture**: see `Thing.side` and `Thing.level`.
+  axis. **Place in the picture**: see `Thing.side`, `Thing.level` and `Thing.central`.
 - **Larger in the picture**: twice the box area. **More**: both are counts.
 - **Yes**: there is a box, or two texts (or the only one) name it. **No**: the label was looked for in every image
   (`Context.labels`), has no box, is not crowded, and no text has a word for it or near it.
@@ -44,7 +44,8 @@ MOST = 8
 FEW = 4
 """The same for what no text speaks of in the plural."""
 
-_TOKEN = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*|\d+(?:[.,:/]\d+)*|[^\sA-Za-z\d]")
+TOKEN = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*|\d+(?:[.,:/]\d+)*|[^\sA-Za-z\d]")
+"""A word, a number, or a sign."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +113,32 @@ class Thing:
 
     @property
     def side(self) -> str | None:
-        """``left``, ``right`` or ``middle`` of the picture: the centre lies in the outer 36% (middle 20%) of its width,
-        and the box does not reach beyond 55% (over more than 60%) of it."""
+        """``left`` or ``right`` of the picture: the centre lies in the outer 36% of its width, and the box does not
+        reach over 55% of it."""
         if self.box is None:
             return None
-        x = self.box.centre[0] / self.width
-        if x < 0.36 and self.box.x2 < 0.55 * self.width:
+        if self.box.centre[0] < 0.36 * self.width and self.box.x2 < 0.55 * self.width:
             return "left"
-        if x > 0.64 and self.box.x1 > 0.45 * self.width:
-            return "right"
-        return "middle" if 0.4 < x < 0.6 and self.box.width < 0.6 * self.width else None
+        return "right" if self.box.centre[0] > 0.64 * self.width and self.box.x1 > 0.45 * self.width else None
 
     @property
     def level(self) -> str | None:
         """``top`` or ``bottom`` of the picture, by the same shares of its height as `side`."""
         if self.box is None:
             return None
-        y = self.box.centre[1] / self.height
-        if y < 0.36 and self.box.y2 < 0.55 * self.height:
+        if self.box.centre[1] < 0.36 * self.height and self.box.y2 < 0.55 * self.height:
             return "top"
-        return "bottom" if y > 0.64 and self.box.y1 > 0.45 * self.height else None
+        return "bottom" if self.box.centre[1] > 0.64 * self.height and self.box.y1 > 0.45 * self.height else None
+
+    @property
+    def central(self) -> bool:
+        """In the middle of the picture: the centre lies in the middle fifth of its width and the middle third of its
+        height, and the box covers no more than 70% of either."""
+        if self.box is None:
+            return False
+        x, y = self.box.centre[0] / self.width, self.box.centre[1] / self.height
+        small = self.box.width < 0.7 * self.width and self.box.height < 0.7 * self.height
+        return small and 0.4 < x < 0.6 and 0.33 < y < 0.67
 
 
 @dataclass
@@ -261,7 +268,7 @@ def _named(mention: Mention, things: dict[str, Thing], labels: dict[str, tuple[F
 
 
 def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
-    tokens = tuple(_TOKEN.findall(text))
+    tokens = tuple(TOKEN.findall(text))
     low = tuple(token.lower() for token in tokens)
     forms = nouns.lexicon().forms
     mentions: list[Mention] = []
@@ -280,7 +287,17 @@ def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
         end = at + len(form.words)
         mentions.append(_mention(index, low, last, at, end, form))
         at = last = end
-    return Text(tokens, low, tuple(mentions), sentence(text, tokens, low))
+    grammatical = not any(_one_for_many(low, mention) for mention in mentions)
+    return Text(tokens, low, tuple(mentions), sentence(text, tokens, low) if grammatical else None)
+
+
+def _one_for_many(low: Sequence[str], mention: Mention) -> bool:
+    """``two giraffe``, ``a group of horse``."""
+    if mention.form.many or not mention.head or nouns.plural(mention.form.word) == mention.form.word:
+        return False
+    first = low[mention.start]
+    of_group = mention.start > 1 and low[mention.start - 1] == "of" and low[mention.start - 2] in nouns.GROUPS
+    return mention.stated is not None or first in ("several", "many", "few") or of_group
 
 
 def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, form: Form) -> Mention:
@@ -336,6 +353,7 @@ def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, fo
             break
         adjectives.append(word)
         start -= 1
+    head = head and (start == 0 or low[start - 1] not in ("no", "without"))
     return Mention(index, start, at, end, form, number, several, head, tuple(reversed(adjectives)))
 
 
@@ -365,6 +383,7 @@ def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
             and thing.noun.counts
             and count <= (MOST if thing.several else FEW)
             and not rivals
+            and not any(other.boxes and nouns.includes(key, other.key) for other in things.values())
             and not (detected and _doubled([boxes[place] for place in thing.boxes]))
         )
         if nouns.described(thing.key).head != thing.key.lower():
@@ -420,12 +439,21 @@ def _agreed(colours: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 # -- texts as sentences -----------------------------------------------------------------------------------------------
 
+_CAPITAL = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+(?! [A-Z])")
+
+
+def _lowered(match: re.Match[str]) -> str:
+    """A noun with a needless capital; a name keeps it."""
+    low = match[0].lower()
+    return low if low in nouns.lexicon().keys else match[0]
+
+
 _REFUSED = re.compile(r"[^A-Za-z0-9 ,.'\u2019-]|https?:|www\.|\.(com|net|org|jpg|png)\b")
 _NOT_SAID: frozenset[str] = words_of(
     """caption captions captioned coordinates bounding description describe prompt prompts instruction instructions
     instruct ignore ignored respond reply answer output assistant user system json json yaml xml html token tokens
     you your yours i me my mine we us our please click download buy sale price free shipping order wallpaper
-    wallpapers stock royalty photo's copyright credit website blog pdf isbn vs ai model says say image's"""
+    wallpapers stock royalty photo's copyright credit website blog pdf isbn vs ai model says say image's no without"""
 )
 _STARTS_BADLY: frozenset[str] = words_of("""he she it they his her him and or but with of in on at by to from is are""")
 _ENDS_BADLY: frozenset[str] = words_of(
@@ -447,6 +475,9 @@ def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None
         return None
     if not _NOT_SAID.isdisjoint(words) or words[0] in _STARTS_BADLY or words[-1] in _ENDS_BADLY:
         return None
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    if len(set(runs)) < len(runs):
+        return None
     if any(a == b for a, b in pairwise(words)) or any(word.isdigit() and len(word) > 4 for word in low):
         return None
     function = sum(word in _FUNCTION for word in words)
@@ -458,6 +489,7 @@ def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None
     stripped = re.sub(r" +([,.])", r"\1", stripped)
     stripped = re.sub(r"([,.])(?=[A-Za-z])", r"\1 ", stripped)
     stripped = re.sub(r"([.,]){2,}", r"\1", stripped)
+    stripped = _CAPITAL.sub(_lowered, stripped)
     parts = [part.strip() for part in re.split(r"\. +", stripped)]
     return ". ".join(part[0].upper() + part[1:] for part in parts if part) + "."
 

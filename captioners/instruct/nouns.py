@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from filters.instruct.vocabulary import plural as regular_plural
+from filters.instruct.vocabulary import vocabulary
 
 
 def words_of(listed: str) -> frozenset[str]:
@@ -112,7 +113,10 @@ class Noun:
 
 
 PAIRS = frozenset({"skis", "scissors", "glasses", "sunglasses", "jeans", "pants", "shorts", "goggles", "headphones"})
-MASS = frozenset({"broccoli", "luggage", "furniture", "food", "water", "snow", "sand", "grass", "hair", "clothing"})
+MASS = words_of(
+    """broccoli luggage furniture food water snow sand grass hair clothing ice bread cheese meat rice coffee tea wine
+    beer juice milk soup baggage wildlife traffic foliage equipment paper lettuce bacon butter paperwork"""
+)
 
 _AN = ("a", "e", "i", "o", "u")
 _A_DESPITE = ("one", "uni", "use", "eu", "ufo")
@@ -151,13 +155,8 @@ VEHICLES = words_of("bicycle car motorcycle airplane bus train truck boat")
 FURNITURE = frozenset({"chair", "couch", "bed", "dining table", "bench"})
 FRUIT = frozenset({"banana", "apple", "orange"})
 CUTLERY = frozenset({"fork", "knife", "spoon"})
-CLASSES: Mapping[str, tuple[str, frozenset[str]]] = {
-    "animal": ("animals", ANIMALS),
-    "vehicle": ("vehicles", VEHICLES),
-    "piece of furniture": ("pieces of furniture", FURNITURE),
-    "piece of cutlery": ("pieces of cutlery", CUTLERY),
-}
-"""What things of several labels are together; no text noun of a class may lack a label when it is counted."""
+CLASSES: tuple[frozenset[str], ...] = (ANIMALS, VEHICLES, FURNITURE, FRUIT, CUTLERY)
+"""Labels that one would compare with each other."""
 
 NAMES: Mapping[str, str] = {
     "tv": "TV", "dining table": "table", "sports ball": "ball", "hair drier": "hair dryer", "remote": "remote control",
@@ -333,7 +332,7 @@ class Lexicon:
 
 @lru_cache(maxsize=1)
 def lexicon() -> Lexicon:
-    """Of COCO's labels and of some nouns that captions often have."""
+    """Of COCO's labels, of some nouns that captions often have, and of those that the checks know."""
     forms: dict[str, list[Form]] = {}
     keys: dict[str, str] = {}
 
@@ -348,6 +347,15 @@ def lexicon() -> Lexicon:
                 Form(words, word, key, form == many.lower() and (form != word or word in PAIRS), True)
             )
 
+    book = vocabulary()
+    for word, name in book.names.items():
+        if name.plural or name.homograph or name.free or word in keys:
+            continue
+        kinds = frozenset().union(*(book.kinds.get(concept, frozenset()) for concept in name.concepts))
+        if "person" in kinds and "person" not in name.concepts and word != "snowman":
+            add(word, "person")
+        elif "person" not in kinds:
+            add(word, word)
     near: dict[str, frozenset[str]] = {}
     for label, listed in _SAME.items():
         add(label, label)
@@ -372,6 +380,28 @@ def noun(label: str) -> Noun:
     if name in MASS:
         return Noun(name, name, counts=False)
     return Noun(name, plural(name), live=label == "person" or label in ANIMALS)
+
+
+@lru_cache(maxsize=65536)
+def includes(label: str, other: str) -> bool:
+    """Whether a thing of the other label may be called by the first: a wine glass is a cup."""
+    book = vocabulary()
+    wide, narrow = book.of_label(label)[0], book.of_label(other)[0]
+    return label != other and any(not wide.isdisjoint(book.kinds.get(concept, ())) for concept in narrow)
+
+
+@lru_cache(maxsize=4096)
+def askable(word: str) -> bool:
+    """Whether one would ask for a thing that texts name: no part of a body, no shape, no light."""
+    book = vocabulary()
+    kinds = {kind for concept in book.of_label(word)[0] for kind in book.kinds.get(concept, ())}
+    return word in OBJECTS or (bool(kinds) and kinds.isdisjoint(_NOT_ASKED))
+
+
+_NOT_ASKED = frozenset({"body part", "piece of"}) | words_of(
+    """person shape logo label deck back line spot base cover sun smoke lightning wave picture sky cloud road street
+    food meal water ground room shadow animal vehicle traffic furniture"""
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,20 @@ the reason ``writer.nothing_to_say``.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from captioners.instruct import facts as evidence
-from captioners.instruct import nouns, phrases
-from captioners.instruct.facts import Facts, Mention, Text, Thing, above, in_column, left_of
+from captioners.instruct import nouns, phrases, telling
+from captioners.instruct.facts import Facts, Thing, above, in_column, left_of
 from captioners.instruct.nouns import words_of
 from captioners.instruct.phrases import Choices, capital, listed, number
 from pairmill.boxes import Box
 from pairmill.instructions import Context, Instruction, Task, Turn, render
+from pairmill.instructions import Mention as MentionOfBoxes
 from pairmill.stage import Resources
 from schemas.config import InstructKind, RunConfig
 from schemas.reasons import Reason
@@ -104,6 +105,44 @@ def _renumbered(turns: Sequence[Turn], boxes: Sequence[Box]) -> tuple[list[Turn]
     return renamed, tuple(boxes[place] for place in places)
 
 
+_EACH = frozenset(
+    {"surfboard", "skateboard", "umbrella", "bicycle", "frisbee", "snowboard", "tennis racket", "baseball glove",
+     "kite", "horse", "motorcycle", "chair", "backpack", "wine glass", "cup", "fork", "knife", "spoon", "banana",
+     "sandwich", "donut", "cell phone", "laptop", "remote", "tie", "suitcase", "apple", "orange", "hot dog"}
+)  # fmt: skip
+"""Labels of which each person may have one."""
+_USUAL = {
+    "kitchen": ("oven", "microwave", "refrigerator", "sink", "toaster"),
+    "bathroom": ("toilet", "sink", "toothbrush", "hair drier"),
+    "bedroom": ("bed",),
+    "living room": ("couch", "tv"),
+    "office": ("laptop", "keyboard", "mouse"),
+}
+"""Rooms, and what one finds in them."""
+_INSIDE = ("bed", "toilet", "sink", "oven", "microwave", "refrigerator", "couch", "toaster")
+_OUTSIDE = ("traffic light", "fire hydrant", "stop sign", "parking meter", "car", "bus", "truck", "boat", "kite",
+            "surfboard", "snowboard", "airplane")  # fmt: skip
+_SPORTS = {
+    "baseball": ("baseball bat", "baseball glove"),
+    "tennis": ("tennis racket",),
+    "skiing": ("skis",),
+    "snowboarding": ("snowboard",),
+    "surfing": ("surfboard",),
+    "skateboarding": ("skateboard",),
+    "frisbee": ("frisbee",),
+}
+_OPPOSITE = {
+    "to the left of": "to the right of",
+    "to the right of": "to the left of",
+    "above": "below",
+    "below": "above",
+}
+_PAIRED = frozenset({"relation", "choice", "verify"})
+"""Topics of which one conversation asks one for the same two things."""
+Pair = tuple[str, str]
+"""A question and its answer."""
+
+
 @dataclass(frozen=True)
 class _Idea:
     """A question that could be asked."""
@@ -111,36 +150,7 @@ class _Idea:
     topic: str
     keys: tuple[str, ...]
     """Of the things that it is about."""
-    write: Callable[[], tuple[str, str]]
-    """The question and its answer."""
-
-
-_WORD = re.compile(r"[a-z]+")
-_FINITE = words_of("is are was were has have can do does appears seems gets") | (
-    nouns.VERBS
-    - words_of(
-        """covered filled topped surrounded decorated stacked lined mounted placed located made dressed perched gathered
-    attached displayed arranged posed left set open closed parked seen"""
-    )
-)
-_WITH = words_of(
-    """with of in on at near by under behind next inside outside above below between beside from covered filled topped
-    surrounded decorated stacked lined mounted placed located made dressed full"""
-)
-_PLURAL_GROUPS = words_of("group couple number bunch herd flock crowd lot family team handful pair")
-_EACH = frozenset(
-    {"surfboard", "skateboard", "umbrella", "bicycle", "frisbee", "snowboard", "tennis racket", "baseball glove",
-     "kite", "horse", "motorcycle", "chair", "backpack", "wine glass", "cup", "fork", "knife", "spoon", "banana",
-     "sandwich", "donut", "cell phone", "laptop", "bowl", "remote", "tie", "suitcase", "pizza", "cake", "dog"}
-)  # fmt: skip
-_USUAL = {
-    "kitchen": ("oven", "microwave", "refrigerator", "sink", "toaster"),
-    "bathroom": ("toilet", "sink", "toothbrush", "hair drier"),
-    "bedroom": ("bed",),
-    "living room": ("couch", "tv"),
-    "office": ("laptop", "keyboard", "mouse", "chair"),
-}
-"""Rooms, and what one finds in them."""
+    write: Callable[[], Pair]
 
 
 class _Composer:
@@ -151,17 +161,39 @@ class _Composer:
         self.choices = choices
         self.context = facts.context
         self.boxed = facts.boxed()
-        self.names = _names(facts)
+        self.names = names(facts)
         self.soles = [thing for thing in self.boxed if thing.sole and thing.key in self.names]
 
     # -- words for things ----------------------------------------------------------------------------------------------
 
+    def ask(self, questions: Sequence[str], answers: Sequence[str], **words: object) -> Pair:
+        """One of the questions and one of the answers, filled in."""
+        return self.say(questions, **words), self.say(answers, **words)
+
+    def say(self, templates: Sequence[str], **words: object) -> str:
+        """One of the templates, filled in."""
+        return self.choices.of(templates).format(**words)
+
+    def words(self, thing: Thing) -> dict[str, str]:
+        """What templates say of the one of a label."""
+        the = f"the {self.one(thing)}"
+        many = thing.noun.verb == "are"
+        return {
+            "the": the,
+            "The": capital(the),
+            "is": thing.noun.verb,
+            "does": "do" if many else "does",
+            "It": "They" if many else "It",
+        }
+
     def one(self, thing: Thing) -> str:
         return self.names.get(thing.key, thing.noun.one)
 
-    def the(self, thing: Thing, *, colour: bool = True) -> str:
+    def the(self, thing: Thing, *, plain: bool = False) -> str:
+        """``the dog``, sometimes with its colour."""
         name = self.one(thing)
-        if colour and thing.colour and not thing.colour_in_label and self.choices.below(4) == 0:
+        coloured = thing.colour and not thing.colour_in_label and thing.sole and thing.key != "person"
+        if coloured and not plain and self.choices.below(4) == 0:
             return f"the {' and '.join(thing.colour)} {name}"
         return f"the {name}"
 
@@ -169,117 +201,26 @@ class _Composer:
         name = self.one(thing)
         return thing.noun.a() if name == thing.noun.one else f"{nouns.article(name)} {name}"
 
-    def link(self, words: str, *boxes: int) -> str:
-        return f"[{words}](box:{','.join(map(str, boxes))})"
-
     def counted(self, thing: Thing) -> str:
         """``three dogs``, ``a dog``."""
-        if thing.count is not None and thing.count > 1:
-            return f"{number(thing.count)} {thing.noun.many}"
-        return self.a(thing)
+        count = thing.count or 1
+        return f"{number(count)} {thing.noun.many}" if count > 1 else self.a(thing)
 
-    # -- texts ---------------------------------------------------------------------------------------------------------
+    def exactly(self, thing: Thing) -> str:
+        """``three dogs``, ``one dog``."""
+        count = thing.count or 0
+        return f"{number(count)} {thing.noun.one if count == 1 else thing.noun.many}"
 
-    def told(self, text: Text, *, bare: bool, known: frozenset[str] = frozenset(), link: bool = False) -> str | None:
-        """A text as a statement, or null where it makes none and `bare` is false.
+    def are(self, things: Sequence[Thing]) -> str:
+        """The verb after "there"."""
+        first = things[0]
+        return "are" if (first.count or 1) > 1 or self.a(first).startswith("some ") else "is"
 
-        Args:
-            bare: whether a phrase without a verb will do.
-            known: things that were mentioned before: "a dog" is "the dog" then.
-            link: whether phrases become mentions of boxes.
-        """
-        if text.said is None:
-            return None
-        spans = _spans(text)
-        if spans is None:
-            return text.said if bare and not known and not link else None
-        said = text.said
-        edits: list[tuple[int, int, str]] = []
-        first = text.mentions[0] if text.mentions else None
-        prefix = ""
-        finite = any(word in _FINITE for word in text.low) or _maybe_verb(text)
-        group = text.low[1] if len(text.low) > 2 and text.low[2] == "of" and text.low[1] in nouns.GROUPS else None
-        starts = first is not None and first.head and (first.start == 0 or (group is not None and first.start == 3))
-        after = text.low[first.end] if first is not None and first.end < len(text.low) else ""
-        several = group in _PLURAL_GROUPS if group else first is not None and first.several
-        simple = ". " not in said
-        statement = text.low[0] in ("there", "this", "here") or finite
-        if starts and first is not None and simple and not finite:
-            determined = first.number is not None or group is not None or text.low[0] in ("the", "some", "several")
-            if after in nouns.PARTICIPLES and (determined or several):
-                edits.append((spans[first.end][0], spans[first.end][0], "are " if several else "is "))
-                statement = True
-            elif (after in _WITH or after == "") and (determined or several):
-                shows = self.choices.of(("The picture shows ", "This picture shows ", "This image shows "))
-                edits.append((0, 1, shows + said[0].lower()))
-                statement = True
-        if not statement and not bare:
-            return None
-        if known:
-            for mention in text.mentions:
-                key = self.key(mention)
-                if key is None or key not in known or not mention.head:
-                    if mention is first and known and key is None and mention.form.key in known:
-                        key = mention.form.key
-                    else:
-                        continue
-                if text.low[mention.start] not in ("a", "an"):
-                    if mention.number is not None or mention.several:
-                        return None
-                    continue
-                thing = self.facts.things.get(key)
-                if thing is None or not (thing.sole or key in nouns.ROOMS or key in nouns.OUTDOORS):
-                    return None
-                start, end = spans[mention.start]
-                if any(edit[0] == start for edit in edits):
-                    return None
-                edits.append((start, end, "The" if start == 0 else "the"))
-        if link:
-            for mention in text.mentions:
-                boxes = self.linked(mention)
-                if boxes:
-                    start, end = spans[mention.start][0], spans[mention.end - 1][1]
-                    if any(start <= edit[0] < end for edit in edits):
-                        start = max(edit[1] for edit in edits if start <= edit[0] < end)
-                        while start < end and said[start] == " ":
-                            start += 1
-                    edits.append((start, start, "["))
-                    edits.append((end, end, f"](box:{','.join(map(str, boxes))})"))
-        for left, right, words in sorted(edits, key=lambda edit: (edit[0], edit[1]), reverse=True):
-            said = said[:left] + words + said[right:]
-        return prefix + said
+    def named(self, thing: Thing) -> bool:
+        """Whether texts name a thing without boxes surely enough: two of them, or the only one."""
+        return len({mention.text for mention in thing.mentions}) >= min(2, len(self.facts.texts))
 
-    def key(self, mention: Mention) -> str | None:
-        """The thing that a mention is about."""
-        key = mention.form.key
-        if key in self.facts.things:
-            return key
-        for thing in self.boxed:
-            if any(found is mention for found in thing.mentions):
-                return thing.key
-        return None
-
-    def linked(self, mention: Mention) -> tuple[int, ...]:
-        """The boxes of a mention: those of the one, or all where the phrase names as many."""
-        key = self.key(mention)
-        thing = self.facts.things[key] if key is not None else None
-        if thing is None or not thing.boxes or not mention.head:
-            return ()
-        if thing.sole and not mention.several:
-            return thing.boxes
-        if thing.count is not None and thing.count > 1 and mention.stated == thing.count:
-            return thing.boxes
-        return ()
-
-    # -- questions -----------------------------------------------------------------------------------------------------
-
-    def scene(self) -> tuple[str, str] | None:
-        order = self.facts.order
-        if not order:
-            return None
-        text = self.facts.texts[order[self.choices.below(min(3, len(order)))]]
-        told = self.told(text, bare=True)
-        return (self.choices.of(phrases.SCENE), told) if told else None
+    # -- what may be asked ---------------------------------------------------------------------------------------------
 
     def ideas(self) -> Iterator[_Idea]:
         for thing in self.facts.things.values():
@@ -287,124 +228,51 @@ class _Composer:
             if thing.count is not None and thing.count > 1:
                 yield _Idea("count", key, partial(self.ask_count, thing))
             if thing.sole:
-                if thing.colour and not (thing.key == "person" or thing.colour_in_label) and self.wearer(thing):
-                    yield _Idea("colour", key, partial(self.ask_colour, thing))
-                if thing.material:
+                if thing.colour and not (thing.key == "person" or thing.colour_in_label) and self.worn_by_one(thing):
+                    yield _Idea("color", key, partial(self.ask_colour, thing))
+                if thing.material and thing.key not in nouns.ROOMS and thing.key not in nouns.OUTDOORS:
                     yield _Idea("material", key, partial(self.ask_material, thing))
-                doing = self.doing(thing)
-                if doing is not None:
-                    yield _Idea(
-                        "doing",
-                        key,
-                        partial(self.ask_doing, thing, doing),
-                    )
-                if thing.side or thing.level:
+                if thing.side or thing.level or thing.central:
                     yield _Idea("side", key, partial(self.ask_side, thing))
+            if thing.sole or (thing.several and (thing.count is not None or not thing.boxes)):
+                for deed in telling.deeds(self.facts, thing):
+                    yield _Idea("doing", key, partial(self.ask_doing, thing, deed))
         for a, b in self.pairs():
             keys = (a.key, b.key)
             if self.relation(a, b):
                 yield _Idea("relation", keys, partial(self.ask_relation, a, b))
                 yield _Idea("choice", keys, partial(self.ask_which, a, b))
                 yield _Idea("verify", keys, partial(self.ask_whether, a, b))
-            if a.box is not None and b.box is not None and a.box.area >= evidence.LARGER * b.box.area:
+            if _larger(a, b) and _alike(a, b):
                 yield _Idea("larger", keys, partial(self.ask_larger, a, b))
-        counted = [thing for thing in self.boxed if thing.count is not None and thing.noun.counts]
-        for a in counted:
-            for b in counted:
-                if (a.count or 0) > (b.count or 0) and (a.count or 0) > 1:
-                    yield _Idea("more", (a.key, b.key), partial(self.ask_more, a, b))
+        for a, b in self.counts():
+            yield _Idea("more", (a.key, b.key), partial(self.ask_more, a, b))
+        place = self.place()
+        if place is not None:
+            yield _Idea("place", (place,), partial(self.ask_place, place))
 
     def pairs(self) -> list[tuple[Thing, Thing]]:
-        """Of the ones with boxes, the larger first; at most 40."""
-        few = self.soles[:9]
+        """Of the ones with boxes, the larger first; at most 28."""
+        few = self.soles[:8]
         return [(a, b) for place, a in enumerate(few) for b in few[place + 1 :]]
 
-    def wearer(self, thing: Thing) -> bool:
+    def counts(self) -> list[tuple[Thing, Thing]]:
+        """Things that one may count against each other, the more numerous first."""
+        counted = [thing for thing in self.boxed if thing.count is not None and thing.noun.counts]
+        return [
+            (a, b)
+            for a in counted
+            for b in counted
+            if (a.count or 0) > (b.count or 0) and (a.count or 0) > 1 and (_alike(a, b) or (b.count or 0) > 1)
+        ]
+
+    def worn_by_one(self, thing: Thing) -> bool:
         """Whether "the shirt" can be only one: clothes of the one person."""
-        if thing.key not in nouns.CLOTHES:
-            return True
         person = self.facts.things.get("person")
-        return person is not None and person.sole
-
-    def doing(self, thing: Thing) -> tuple[Text, Mention] | None:
-        """The best text that says what a thing does, or where it is; null where texts differ in its posture."""
-        postures = set()
-        best = None
-        for place in self.facts.order:
-            text = self.facts.texts[place]
-            first = text.mentions[0] if text.mentions else None
-            if first is None or first.start != 0 or not any(first is found for found in thing.mentions):
-                continue
-            at = first.end
-            if at < len(text.low) and text.low[at] in nouns.POSTURES:
-                postures.add(nouns.POSTURES[text.low[at]])
-            if at < len(text.low) and text.low[at] == "is":
-                at += 1
-                if at < len(text.low) and text.low[at] in nouns.POSTURES:
-                    postures.add(nouns.POSTURES[text.low[at]])
-            if at + 2 >= len(text.low) or text.low[at] not in nouns.PARTICIPLES or first.several:
-                continue
-            if text.said is None or ". " in text.said or _spans(text) is None:
-                continue
-            if any(word in _FINITE for word in text.low[at + 1 :]) or text.low[0] not in ("a", "an", "the", "one"):
-                continue
-            if not thing.noun.live and text.low[at + 1] not in nouns.PLACES:
-                continue
-            best = best or (text, first)
-        return best if len(postures) < 2 else None
-
-    def ask_count(self, thing: Thing) -> tuple[str, str]:
-        count = thing.count or 0
-        words = {"many": thing.noun.many, "number": number(count), "Number": capital(number(count))}
-        return (
-            self.choices.of(phrases.COUNT).format(**words),
-            self.choices.of(phrases.COUNTED).format(**words),
-        )
-
-    def ask_colour(self, thing: Thing) -> tuple[str, str]:
-        the = self.the(thing, colour=False)
-        colour = listed(thing.colour)
-        questions, answers = (
-            (phrases.COLOURS_, phrases.COLOURED_MANY)
-            if thing.noun.verb == "are"
-            else (phrases.COLOUR, phrases.COLOURED)
-        )
-        words = {"the": the, "The": capital(the), "colour": colour, "Colour": capital(colour)}
-        return self.choices.of(questions).format(**words), self.choices.of(answers).format(**words)
-
-    def ask_material(self, thing: Thing) -> tuple[str, str]:
-        the = self.the(thing, colour=False)
-        words = {"the": the, "The": capital(the), "material": thing.material}
-        return self.choices.of(phrases.MATERIAL).format(**words), self.choices.of(phrases.MADE).format(**words)
-
-    def ask_doing(self, thing: Thing, doing: tuple[Text, Mention]) -> tuple[str, str]:
-        text, first = doing
-        said = text.said or ""
-        spans = _spans(text) or []
-        subject = said[: spans[first.end - 1][1]]
-        at = first.end + (text.low[first.end] == "is")
-        rest = said[spans[at][0] :]
-        the = f"the {' '.join(text.low[first.noun : first.end])}"
-        question = self.choices.of(phrases.DOING if thing.noun.live else phrases.WHERE).format(the=the)
-        if subject.lower().startswith(("a ", "an ", "one ")):
-            subject = "The " + subject.split(" ", 1)[1]
-        answer = f"It is {rest}" if thing.key != "person" and self.choices.below(2) else f"{subject} is {rest}"
-        return question, answer
-
-    def ask_side(self, thing: Thing) -> tuple[str, str]:
-        the = self.the(thing)
-        verb = thing.noun.verb
-        place = _place(thing)
-        question = self.choices.of(phrases.SIDE if thing.side in ("left", "right") else phrases.SIDE[:3])
-        answer = self.choices.of(
-            (f"{capital(the)} {verb} {place}.", f"{'It is' if verb == 'is' else 'They are'} {place}.")
-        )
-        return _agree(question.format(the=self.the(thing)), verb), answer if thing.noun.live is False else (
-            f"{capital(the)} {verb} {place}."
-        )
+        return thing.key not in nouns.CLOTHES or (person is not None and person.sole)
 
     def relation(self, a: Thing, b: Thing) -> str | None:
-        """How the first is placed: ``to the left of``, ``to the right of``, ``above``, ``below``."""
+        """How the first is placed to the second; null where that is not plain."""
         if a.box is None or b.box is None:
             return None
         if left_of(a.box, b.box, self.context.width):
@@ -418,276 +286,290 @@ class _Composer:
                 return "below"
         return None
 
-    def ask_relation(self, a: Thing, b: Thing) -> tuple[str, str]:
-        if self.choices.below(2):
-            a, b = b, a
-        relation = self.relation(a, b) or ""
-        the, other = self.the(a), self.the(b)
-        question = self.choices.of(phrases.LEFT_OF if "the" in relation else phrases.ABOVE).format(the=the, other=other)
-        if relation in ("above", "below"):
-            answer = f"{capital(the)} {a.noun.verb} {relation} {other} in the picture."
-        else:
-            answer = f"{capital(the)} {a.noun.verb} {relation} {other}."
-        return _agree(question, a.noun.verb), answer
+    def place(self) -> str | None:
+        """The room or the place outdoors that texts agree on."""
+        if any(not nouns.UNREAL.isdisjoint(text.low) for text in self.facts.texts):
+            return None
+        things = self.facts.things
+        rooms = [key for key in nouns.ROOMS if key in things and self.named(things[key])]
+        outdoors = [key for key in sorted(_OUTDOORS) if key in things and self.named(things[key])]
+        words = {word for text in self.facts.texts for word in text.low}
+        if len(rooms) == 1 and not outdoors and words.isdisjoint(_NOT_INSIDE):
+            return rooms[0]
+        if outdoors and not any(key in things for key in nouns.ROOMS) and words.isdisjoint(_NOT_OUTSIDE):
+            single = [key for key in outdoors if not things[key].several]
+            return single[0] if single else None
+        return None
 
-    def ask_which(self, a: Thing, b: Thing) -> tuple[str, str]:
+    # -- questions and answers -----------------------------------------------------------------------------------------
+
+    def ask_scene(self, place: int) -> Pair | None:
+        told = telling.tell(self.facts, place, self.choices, bare=True)
+        return (self.choices.of(phrases.SCENE), told) if told else None
+
+    def ask_count(self, thing: Thing) -> Pair:
+        said = number(thing.count or 0)
+        return self.ask(phrases.COUNT, phrases.COUNTED, many=thing.noun.many, number=said, Number=capital(said))
+
+    def ask_colour(self, thing: Thing) -> Pair:
+        colour = listed(thing.colour)
+        return self.ask(phrases.COLOR, phrases.COLORED, color=colour, Color=capital(colour), **self.words(thing))
+
+    def ask_material(self, thing: Thing) -> Pair:
+        return self.ask(phrases.MATERIAL, phrases.MADE, material=thing.material, **self.words(thing))
+
+    def ask_doing(self, thing: Thing, deed: telling.Deed) -> Pair:
+        text = self.facts.texts[deed.text]
+        words = self.words(thing)
+        several = not thing.sole
+        if several:
+            many = deed.subject.form.word if deed.subject.form.many else thing.noun.many
+            many = nouns.plural(many) if deed.subject.form.many and nouns.plural(many) in text.low else thing.noun.many
+            words |= {"the": f"the {many}", "The": f"The {many}", "is": "are", "does": "do", "It": "They"}
+        elif thing.key == "person" and words["the"] == "the person":
+            words |= {"the": f"the {deed.subject.form.word}", "The": f"The {deed.subject.form.word}"}
+        if not thing.noun.live:
+            question = self.say(phrases.WHERE, **words)
+        else:
+            question = self.say(phrases.DEEDS.get(deed.verb, phrases.DOING), **words)
+        answers = (
+            ("{The} {is} {said}", "{It} {is} {said}") if several or thing.key != "person" else ("{The} {is} {said}",)
+        )
+        return question, self.say(answers, said=deed.said, **words)
+
+    def ask_side(self, thing: Thing) -> Pair:
+        answers = ("{The} {is} {place}.", "{It} {is} {place}.") if not thing.noun.live else ("{The} {is} {place}.",)
+        return self.ask(phrases.SIDE, answers, place=_place(thing), **self.words(thing))
+
+    def ask_relation(self, a: Thing, b: Thing) -> Pair:
+        a, b = self.choices.shuffled((a, b))
+        relation = self.relation(a, b) or ""
+        words = {**self.words(a), "other": self.the(b)}
+        if relation in ("above", "below"):
+            return self.ask(
+                phrases.RELATION, ("{The} {is} {relation} {other} in the picture.",), relation=relation, **words
+            )
+        return self.ask(phrases.BESIDE, ("{The} {is} {relation} {other}.",), relation=relation, **words)
+
+    def ask_which(self, a: Thing, b: Thing) -> Pair:
         relation = self.relation(a, b) or ""
         first, last = (a, b) if relation in ("to the left of", "above") else (b, a)
-        up = relation in ("above", "below")
-        pair = (first, last) if self.choices.below(2) else (last, first)
-        the, other = self.the(pair[0]), self.the(pair[1])
-        if up:
-            return phrases.HIGHER[0].format(the=the, other=other), f"{capital(self.the(first))}."
-        left = self.choices.below(2)
-        question = self.choices.of(phrases.LEFTMOST if left else phrases.RIGHTMOST).format(the=the, other=other)
+        one, two = self.choices.shuffled((first, last))
+        words = {"the": self.the(one), "other": self.the(two)}
+        if relation in ("above", "below"):
+            return self.say(phrases.HIGHER, **words), f"{capital(self.the(first, plain=True))}."
+        left = self.choices.below(2) == 0
+        question = self.say(phrases.LEFTMOST if left else phrases.RIGHTMOST, **words)
         which = first if left else last
+        answers = ("{The}.", "{The} {is} further {side}.")
+        return question, self.say(answers, side="left" if left else "right", **self.words(which))
+
+    def ask_whether(self, a: Thing, b: Thing) -> Pair:
+        a, b = self.choices.shuffled((a, b))
+        relation = self.relation(a, b) or ""
+        the, other, verb = self.the(a, plain=True), self.the(b, plain=True), a.noun.verb
+        if self.choices.below(2):
+            answer = self.choices.of((f"Yes, {the} {verb} {relation} {other}.", "Yes."))
+            return f"{capital(verb)} {the} {relation} {other}?", answer
+        return f"{capital(verb)} {the} {_OPPOSITE[relation]} {other}?", f"No, {the} {verb} {relation} {other}."
+
+    def ask_larger(self, a: Thing, b: Thing) -> Pair:
+        one, two = self.choices.shuffled((a, b))
+        question = self.say(phrases.LARGER, the=self.the(one), other=self.the(two))
+        answers = ["{The}."]
+        if a.noun.verb == "is":
+            answers += ["{The} takes up more of the picture.", "{The} is larger in the picture."]
+        return question, self.say(answers, **self.words(a))
+
+    def ask_more(self, a: Thing, b: Thing) -> Pair:
+        one, two = self.choices.shuffled((a, b))
+        question = self.say(phrases.MORE, many=one.noun.many, others=two.noun.many)
+        many = a.noun.many
         return question, self.choices.of(
             (
-                f"{capital(self.the(which))}.",
-                f"{capital(self.the(which))} {which.noun.verb} further {'left' if left else 'right'}.",
+                f"There are more {many} than {b.noun.many}.",
+                f"{capital(many)}: there {self.are([a])} {self.exactly(a)} and {self.exactly(b)}.",
+                f"There are more {many}, {self.exactly(a)} against {self.exactly(b)}.",
             )
         )
 
-    def ask_whether(self, a: Thing, b: Thing) -> tuple[str, str]:
-        if self.choices.below(2):
-            a, b = b, a
-        relation = self.relation(a, b) or ""
-        the, other, verb = self.the(a), self.the(b), a.noun.verb
-        true = f"{capital(the)} {verb} {relation} {other}"
-        if self.choices.below(2):
-            question = f"{capital(verb)} {the} {relation} {other}?"
-            return question, self.choices.of(
-                (
-                    f"Yes, {the} {verb} {relation} {other}.",
-                    "Yes." if verb == "are" else "Yes, it is." if not a.noun.live else "Yes.",
-                )
-            )
-        question = f"{capital(verb)} {the} {_OPPOSITE[relation]} {other}?"
-        del true
-        return question, f"No, {the} {verb} {relation} {other}."
+    def ask_place(self, place: str) -> Pair:
+        a = f"{nouns.article(place)} {place}" if place not in ("woods",) else "the woods"
+        return self.choices.of(phrases.PLACE), self.choices.of((f"This is {a}.", f"It is {a}.", f"{capital(a)}."))
 
-    def ask_larger(self, a: Thing, b: Thing) -> tuple[str, str]:
-        pair = (a, b) if self.choices.below(2) else (b, a)
-        the, other = self.the(pair[0]), self.the(pair[1])
-        question = self.choices.of(phrases.LARGER).format(the=the, other=other)
-        answer = self.choices.of(
-            (
-                f"{capital(self.the(a))} takes up more of the picture than {self.the(b)}.",
-                f"{capital(self.the(a))}.",
-                f"{capital(self.the(a))} is larger in the picture.",
-            )
-        )
-        return question, answer if a.noun.verb == "is" else f"{capital(self.the(a))}."
-
-    def ask_more(self, a: Thing, b: Thing) -> tuple[str, str]:
-        pair = (a, b) if self.choices.below(2) else (b, a)
-        question = self.choices.of(phrases.MORE).format(many=pair[0].noun.many, others=pair[1].noun.many)
-        answer = self.choices.of(
-            (
-                f"There are more {a.noun.many}: {number(a.count or 0)}, against {self.just(b)}.",
-                f"There are more {a.noun.many} than {b.noun.many}.",
-                f"{capital(a.noun.many)}: there are {number(a.count or 0)} {a.noun.many} and {self.just(b)}.",
-            )
-        )
-        return question, answer
-
-    def just(self, thing: Thing) -> str:
-        """``one dog``, ``two dogs``."""
-        count = thing.count or 0
-        return f"{number(count)} {thing.noun.one if count == 1 else thing.noun.many}"
-
-    def ask_present(self, thing: Thing) -> tuple[str, str]:
+    def ask_present(self, thing: Thing) -> Pair:
+        many = thing.noun.many
         if thing.count is not None and thing.count > 1:
-            question = self.choices.of(phrases.PRESENT_MANY).format(many=thing.noun.many)
-            answer = self.choices.of(
-                (
-                    f"Yes, there are {number(thing.count)} {thing.noun.many}.",
-                    f"Yes, {number(thing.count)}.",
-                    f"Yes, there are {thing.noun.many} in the picture.",
-                )
+            answers = (
+                "Yes, there are {number} {many}.",
+                "Yes, {number} of them.",
+                "Yes, there are {many} in the picture.",
             )
-            return question, answer
+            return self.ask(phrases.PRESENT_MANY, answers, many=many, number=number(thing.count))
+        if thing.several:
+            return self.ask(phrases.PRESENT_MANY, ("Yes, there are {many} in the picture.", "Yes."), many=many)
         a = self.a(thing)
-        verb = thing.noun.verb if not a.startswith("a pair") else "is"
         place = f" {_place(thing)}" if thing.side or thing.level else " in the picture"
-        question = self.choices.of(phrases.PRESENT).format(a=a)
+        answers = ("Yes, there {be} {a}{place}.", "Yes, there {be} {a}.", "Yes.")
         if a.startswith("some "):
-            question = question.replace("Is there some", "Are there any").replace("Is some", "Are any")
-        return question, self.choices.of((f"Yes, there {verb} {a}{place}.", f"Yes, there {verb} {a}.", "Yes."))
+            return self.ask(phrases.PRESENT_MANY, answers, many=many, a=a, be="are", place=place)
+        return self.ask(phrases.PRESENT, answers, a=a, be="is", place=place)
 
-    def ask_absent(self, label: str) -> tuple[str, str]:
+    def ask_absent(self, label: str) -> Pair:
         noun = nouns.noun(label)
-        others = [thing for thing in self.boxed if thing.count == 1 or thing.count is None]
-        also = [thing for thing in others if thing.sole]
-        if noun.verb == "are" or noun.one in nouns.MASS or self.choices.below(3) == 0:
-            question = self.choices.of(phrases.PRESENT_MANY).format(many=noun.many)
-            plain = f"No, there are no {noun.many} in the picture."
-            if noun.one in nouns.MASS:
-                question = f"Is there any {noun.one} in the picture?"
-                plain = f"No, there is no {noun.one} in the picture."
+        if noun.one in nouns.MASS:
+            question = self.choices.of((f"Is there any {noun.one} in the picture?", f"Can you see any {noun.one}?"))
+            none = f"there is no {noun.one}"
+        elif noun.verb == "are" or self.choices.below(3) == 0:
+            question = self.say(phrases.PRESENT_MANY, many=noun.many)
+            none = f"there are no {noun.many}"
         else:
-            question = self.choices.of(phrases.PRESENT).format(a=noun.a())
-            plain = f"No, there is no {noun.one} in the picture."
-        answers = [plain, "No.", plain.replace(" in the picture", "")]
-        if also:
-            answers.append(
-                f"{plain[:-1].replace(' in the picture', '')}, but there is {self.a(self.choices.of(also))}."
-            )
+            question = self.say(phrases.PRESENT, a=noun.a())
+            none = f"there is no {noun.one}"
+        answers = [f"No, {none} in the picture.", f"No, {none}.", "No."]
+        if self.soles:
+            other = self.choices.of(self.soles)
+            answers.append(f"No, {none}, but there {self.are([other])} {self.a(other)}.")
         return question, self.choices.of(answers)
 
-    # -- kinds ---------------------------------------------------------------------------------------------------------
-
-    def conversation(self) -> list[tuple[str, str]] | str:
-        """Two to five questions with their answers, no two of them alike."""
-        most = 2 + self.choices.below(4)
-        pairs: list[tuple[str, str]] = []
-        spoken: set[str] = set()
-        seen: list[set[str]] = []
-
-        def take(pair: tuple[str, str] | None, keys: Sequence[str]) -> bool:
-            if pair is None:
-                return False
-            words = set(_WORD.findall(pair[1].lower()))
-            if any(len(words & old) > 0.55 * len(words | old) for old in seen) or not words:
-                return False
-            if any(pair[0] == old[0] or pair[1] == old[1] for old in pairs):
-                return False
-            pairs.append(pair)
-            seen.append(words)
-            spoken.update(keys)
-            return True
-
-        scene_first = self.choices.below(3) > 0
-        if scene_first:
-            order = self.facts.order
-            pair = self.scene()
-            if pair is not None and order:
-                said = next((t for t in self.facts.texts if t.said is not None and t.said[5:] in pair[1]), None)
-                keys = {k for m in said.mentions if (k := self.key(m))} if said else set()
-                take(pair, sorted(keys))
-        if self.choices.below(5) < 3:
-            present = self.presence(spoken)
-            if present is not None:
-                take(present.write(), present.keys)
-        topics: dict[str, int] = {}
-        ideas = self.choices.shuffled(list(self.ideas()))
-        ideas.sort(key=lambda idea: idea.topic in ("relation", "choice", "verify", "larger", "more", "side"))
-        held: dict[str, list[_Idea]] = {}
-        for idea in ideas:
-            held.setdefault(idea.topic, []).append(idea)
-        queue = self.choices.shuffled(sorted(held))
-        while queue and len(pairs) < most:
-            topic = queue.pop(0)
-            idea = held[topic].pop()
-            if topics.get(topic, 0) < 2 and take(idea.write(), idea.keys):
-                topics[topic] = topics.get(topic, 0) + 1
-                if topic in ("relation", "choice", "verify", "larger", "more"):
-                    pair_keys = set(idea.keys)
-                    for other in ("relation", "choice", "verify"):
-                        held[other] = [left for left in held.get(other, ()) if set(left.keys) != pair_keys]
-            if held.get(topic) and topics.get(topic, 0) < 2:
-                queue.append(topic)
-            queue = [topic for topic in queue if held.get(topic)]
-        if len(pairs) < most and not scene_first:
-            take(self.scene(), ())
-        if len(pairs) < 2:
-            for place in self.facts.order:
-                told = self.told(self.facts.texts[place], bare=True)
-                if told is not None:
-                    take((self.choices.of(phrases.SCENE), told), ())
-        if len(pairs) < 2:
-            for thing in self.choices.shuffled(list(self.facts.things.values())):
-                if len(pairs) < 2 and (thing.boxes or self.named(thing)):
-                    take(self.ask_present(thing), (thing.key,))
-        return pairs if len(pairs) >= 2 else "no two questions could be answered from its texts and boxes"
-
-    def named(self, thing: Thing) -> bool:
-        """Whether texts name a thing without boxes surely enough: two of them, or the only one."""
-        return len({mention.text for mention in thing.mentions}) >= min(2, len(self.facts.texts))
-
-    def presence(self, spoken: set[str]) -> _Idea | None:
-        """Whether something is there: as often something that is not, where that can be known."""
+    def presence(self, spoken: Set[str]) -> _Idea | None:
+        """Whether something is there; as often, something that is not, where that can be known."""
         if self.context.labels:
             if self.choices.below(2) and self.facts.absent:
-                label = self.choices.of(self.facts.absent)
-                return _Idea("absent", (label,), partial(self.ask_absent, label))
+                label = self.absent()
+                return _Idea("present", (label,), partial(self.ask_absent, label))
         elif self.choices.below(2):
             return None
         there = [
             thing
             for thing in self.facts.things.values()
-            if thing.key not in spoken and ((thing.boxes and (thing.sole or thing.count)) or self.named(thing))
+            if thing.key not in spoken
+            and (
+                (thing.boxes and (thing.sole or thing.count))
+                or (
+                    not thing.boxes
+                    and self.named(thing)
+                    and nouns.askable(thing.key)
+                    and (thing.several or any(mention.number == 1 for mention in thing.mentions))
+                )
+            )
         ]
         if not there:
             return None
         thing = self.choices.of(there)
         return _Idea("present", (thing.key,), partial(self.ask_present, thing))
 
-    def detail(self) -> list[tuple[str, str]] | str:
+    def absent(self) -> str:
+        """A label to deny: half of the time one that is compared with something that is there (POPE asks for what is
+        likely there, as well)."""
+        near = [label for label in self.facts.absent if any(_alike_labels(label, thing.key) for thing in self.boxed)]
+        return self.choices.of(near if near and self.choices.below(2) else self.facts.absent)
+
+    # -- conversation --------------------------------------------------------------------------------------------------
+
+    def conversation(self) -> list[Pair] | str:
+        """Two to five questions with their answers, no two of them alike."""
+        most = 2 + self.choices.below(4)
+        talk = _Talk(most)
+        texts = list(self.facts.order[:3])
+        if texts and self.choices.below(4):
+            place = texts.pop(self.choices.below(len(texts)))
+            talk.add(self.ask_scene(place), telling.keys_of(self.facts, place), "scene")
+        if self.choices.below(5) < 3:
+            present = self.presence(talk.spoken)
+            if present is not None:
+                talk.add(present.write(), present.keys, "present")
+        held: dict[str, list[_Idea]] = {}
+        for idea in self.ideas():
+            held.setdefault(idea.topic, []).append(idea)
+        queue = self.choices.shuffled(sorted(held))
+        while queue and len(talk.pairs) < most:
+            topic = queue.pop(0)
+            idea = held[topic].pop(self.choices.below(len(held[topic])))
+            if talk.allows(idea):
+                talk.add(idea.write(), idea.keys, topic)
+            if held[topic]:
+                queue.append(topic)
+        for place in self.choices.shuffled(texts):
+            if len(talk.pairs) < most and talk.topics.count("scene") < 2:
+                pair = self.ask_scene(place)
+                if pair is not None and "scene" in talk.topics:
+                    pair = (self.choices.of(phrases.MORE_SCENE), pair[1])
+                talk.add(pair, telling.keys_of(self.facts, place), "scene")
+        if len(talk.pairs) < 2 and "present" not in talk.topics:
+            present = self.presence(set())
+            if present is not None:
+                talk.add(present.write(), present.keys, "present")
+        return talk.pairs if len(talk.pairs) > 1 else "no two questions could be answered from its texts and boxes"
+
+    # -- detail --------------------------------------------------------------------------------------------------------
+
+    def detail(self) -> list[Pair] | str:
         """One question, and all that is sure, in order: what happens, what there is, where it is."""
+        facts = self.facts
         said: list[str] = []
         known: set[str] = set()
         content: set[str] = set()
-        quoted = 0
-        for place in self.facts.order:
-            text = self.facts.texts[place]
-            words = {word for word in text.low if word not in nouns.CLOSED and word[0].isalpha()}
-            if content and len(words - content) < 3:
-                continue
-            told = self.told(text, bare=not said, known=frozenset(known))
-            if told is None:
-                continue
-            said.append(told)
-            content |= words
-            known.update(mention.form.key for mention in text.mentions)
-            known.update(key for mention in text.mentions if (key := self.key(mention)))
-            quoted += 1
-            if quoted == 3:
+        postures: dict[str, str] = {}
+        for bare in (False, True):
+            for place in facts.order:
+                text = facts.texts[place]
+                words = telling.content(text)
+                new = words - content
+                held = telling.posture(text)
+                if len(said) == 3 or (said and (bare or len(new) < 3 or 2 * len(new) < len(words))):
+                    continue
+                if held is not None and postures.setdefault(*held) != held[1]:
+                    continue
+                told = telling.tell(facts, place, self.choices, bare=bare, known=known)
+                if told is not None:
+                    said.append(told)
+                    content |= words
+                    known |= telling.keys_of(facts, place)
+            if said:
                 break
-        for thing in self.facts.things.values():
+        for thing in self.boxed:
             if (thing.count or 0) > 1 and thing.key in known and not any(mention.stated for mention in thing.mentions):
                 said.append(f"There are {number(thing.count or 0)} {thing.noun.many}.")
                 break
-        more = [thing for thing in self.boxed if thing.key not in known and (thing.sole or thing.count)][:6]
-        if more:
-            verb = "are" if (more[0].count or 1) > 1 or (more[0].noun.verb == "are" and False) else "is"
-            items = listed([self.counted(thing) for thing in more])
-            start = (
-                self.choices.of((f"There {verb} also ", "The picture also shows ", "One can also see "))
-                if said
-                else (f"There {verb} ")
-            )
-            said.append(f"{start}{items}.")
-            known.update(thing.key for thing in more)
-        told_places = 0
-        for thing in self.choices.shuffled(self.soles[:6]):
-            if told_places < 2 and (thing.side or thing.level):
-                said.append(f"{capital(self.the(thing))} {thing.noun.verb} {_place(thing)}.")
-                told_places += 1
-        related = [pair for pair in self.pairs() if self.relation(*pair)]
+        others = [thing for thing in self.boxed if thing.key not in known and (thing.sole or thing.count)][:6]
+        if others:
+            items = listed([self.counted(thing) for thing in others])
+            be = self.are(others)
+            also = ("There {be} also {items}.", "The picture also shows {items}.", "Besides, there {be} {items}.")
+            said.append(self.say(also if said else ("There {be} {items}.",), be=be, items=items))
+        placed = [thing for thing in self.soles[:6] if thing.side or thing.level or thing.central]
+        placed = self.choices.shuffled(list({_place(thing): thing for thing in placed}.values()))[:2]
+        said.extend(f"{capital(self.the(thing))} {thing.noun.verb} {_place(thing)}." for thing in placed)
+        related = [(a, b) for a, b in self.pairs() if self.relation(a, b) and not (a in placed and b in placed)]
         for a, b in self.choices.shuffled(related)[:2]:
-            relation = self.relation(a, b)
-            said.append(f"{capital(self.the(a))} {a.noun.verb} {relation} {self.the(b)}.")
+            a, b = self.choices.shuffled((a, b))
+            said.append(f"{capital(self.the(a))} {a.noun.verb} {self.relation(a, b)} {self.the(b)}.")
         if sum(len(part.split()) for part in said) < 15:
             return "its texts and boxes say too little for a long description"
         return [(self.choices.of(phrases.DETAIL), " ".join(said))]
 
-    def complex(self) -> list[tuple[str, str]] | str:
-        """One question that takes several facts, and the answer with its reasons."""
-        ideas: dict[str, list[Callable[[], tuple[str, str]]]] = {}
+    # -- complex -------------------------------------------------------------------------------------------------------
 
-        def add(topic: str, write: Callable[[], tuple[str, str]]) -> None:
+    def complex(self) -> list[Pair] | str:
+        """One question that takes several facts, and the answer with its reasons."""
+        ideas: dict[str, list[Callable[[], Pair]]] = {}
+
+        def add(topic: str, write: Callable[[], Pair]) -> None:
             ideas.setdefault(topic, []).append(write)
 
+        for a, b in self.counts():
+            add("more", partial(self.why_more, a, b))
         counted = [thing for thing in self.boxed if thing.count is not None and thing.noun.counts]
         for place, a in enumerate(counted):
             for b in counted[place + 1 :]:
-                if max(a.count or 0, b.count or 0) > 1:
+                if _alike(a, b) and max(a.count or 0, b.count or 0) > 1:
                     add("total", partial(self.why_total, a, b))
-                    if a.count != b.count:
-                        add("more", partial(self.why_more, a, b))
+            halves = self.halves(a)
+            if halves is not None:
+                add("halves", partial(self.why_halves, a, *halves))
         person = self.facts.things.get("person")
-        if person is not None and person.boxes and person.count is not None and person.count > 1:
+        if person is not None and person.boxes and (person.count or 0) > 1:
             for thing in counted:
                 if thing.key in _EACH:
                     add("each", partial(self.why_each, person, thing))
@@ -695,240 +577,240 @@ class _Composer:
             add("order", partial(self.why_order, triple))
             add("between", partial(self.why_between, triple))
         for a, b in self.pairs():
-            if a.box is None or b.box is None or a.noun.verb != "is":
-                continue
-            if (
-                a.box.area >= evidence.LARGER * b.box.area
-                and a.box.width > 1.1 * b.box.width
-                and a.box.height > 1.1 * b.box.height
-            ):
+            if _larger(a, b) and _alike(a, b) and a.noun.verb == "is" and _wider_and_taller(a, b):
                 add("larger", partial(self.why_larger, a, b))
-        for thing in counted:
-            halves = self.halves(thing)
-            if halves is not None:
-                add("halves", partial(self.why_halves, thing, halves))
-        room = self.room()
-        if room is not None:
-            found = [self.facts.things[key] for key in _USUAL.get(room, ()) if key in self.facts.things]
-            found = [thing for thing in found if thing.boxes and (thing.sole or thing.count)]
-            if found:
-                add("room", partial(self.why_room, room, found))
-        setting = self.setting()
+        setting = self.place()
         if setting is not None:
-            add("setting", partial(self.why_setting, *setting))
+            found = self.sure(_USUAL.get(setting, ()))
+            if found:
+                add("room", partial(self.why_room, setting, found))
+            add("setting", partial(self.why_setting, setting))
+        for sport, labels in _SPORTS.items():
+            if any(sport in text.low for text in self.facts.texts) and self.sure(labels):
+                add("sport", partial(self.why_sport, sport, self.sure(labels)))
+        if not ideas:
+            for thing in self.boxed:
+                if thing.noun.counts and (thing.count or 0) > 0:
+                    add("only", partial(self.why_only, thing))
+                if thing.sole and thing.side and thing.key in self.names:
+                    add("edge", partial(self.why_edge, thing))
         if not ideas:
             return "no question could be answered by combining facts of its texts and boxes"
         return [self.choices.of(ideas[self.choices.of(sorted(ideas))])()]
 
+    def sure(self, labels: Sequence[str]) -> list[Thing]:
+        """Things with boxes whose number is sure."""
+        found = [self.facts.things[key] for key in labels if key in self.facts.things]
+        return [thing for thing in found if thing.boxes and (thing.sole or thing.count)]
+
     def triples(self) -> list[tuple[Thing, Thing, Thing]]:
         """Three ones, each plainly to the left of the next."""
-        row = sorted(
-            (thing for thing in self.soles[:6] if thing.box is not None),
-            key=lambda thing: thing.box.centre[0],  # type: ignore[union-attr]
-        )
+        row = [(thing.box, thing) for thing in self.soles[:6] if thing.box is not None]
+        row.sort(key=lambda item: item[0].centre[0])
         width = self.context.width
         return [
             (a, b, c)
-            for i, a in enumerate(row)
-            for j, b in enumerate(row[i + 1 :], i + 1)
-            if a.box is not None and b.box is not None and left_of(a.box, b.box, width)
-            for c in row[j + 1 :]
-            if c.box is not None and left_of(b.box, c.box, width)
+            for first, (a_box, a) in enumerate(row)
+            for second, (b_box, b) in enumerate(row[first + 1 :], first + 1)
+            if left_of(a_box, b_box, width)
+            for c_box, c in row[second + 1 :]
+            if left_of(b_box, c_box, width)
         ]
 
     def halves(self, thing: Thing) -> tuple[int, int] | None:
-        """How many are plainly in the left and right half; null where any is near the middle, or as many on both."""
+        """How many are plainly in the left and in the right half; null where one is near the middle, or as many in
+        both."""
         if thing.count is None or thing.count < 3:
             return None
-        left = right = 0
-        for place in thing.boxes:
-            x = self.context.boxes[place].centre[0] / self.context.width
-            if x < 0.45:
-                left += 1
-            elif x > 0.55:
-                right += 1
-            else:
-                return None
-        return (left, right) if left != right else None
-
-    def room(self) -> str | None:
-        """The room that texts agree on."""
-        if any(not nouns.UNREAL.isdisjoint(text.low) for text in self.facts.texts):
+        width = self.context.width
+        shares = [self.context.boxes[place].centre[0] / width for place in thing.boxes]
+        if any(0.45 <= share <= 0.55 for share in shares):
             return None
-        found = [key for key in nouns.ROOMS if key in self.facts.things and self.named(self.facts.things[key])]
-        return found[0] if len(found) == 1 else None
+        left = sum(share < 0.5 for share in shares)
+        return (left, len(shares) - left) if 2 * left != len(shares) else None
 
-    def setting(self) -> tuple[str, str] | None:
-        """``indoors`` or ``outdoors``, and the place that shows it."""
-        if any(not nouns.UNREAL.isdisjoint(text.low) for text in self.facts.texts):
-            return None
-        words = {word for text in self.facts.texts for word in text.low}
-        things = self.facts.things
-        inside = [key for key in sorted(nouns.ROOMS) if key in things and self.named(things[key])]
-        outside = [key for key in things if key in _OUTDOORS and self.named(things[key]) and not things[key].several]
-        if inside and not outside and words.isdisjoint({"outside", "outdoor", "outdoors", "patio"} | nouns.OUTDOORS):
-            return "indoors", inside[0]
-        if (
-            outside
-            and not (nouns.ROOMS & set(things))
-            and words.isdisjoint({"inside", "indoor", "indoors", "room", "window", "restaurant"})
-        ):
-            return "outdoors", outside[0]
-        return None
-
-    def why_total(self, a: Thing, b: Thing) -> tuple[str, str]:
-        total = (a.count or 0) + (b.count or 0)
-        question = self.choices.of(
-            (
-                f"How many {a.noun.many} and {b.noun.many} are there altogether?",
-                f"If you count the {a.noun.many} and the {b.noun.many} together, how many are there?",
-                f"What do the {a.noun.many} and the {b.noun.many} add up to?",
-            )
+    def why_total(self, a: Thing, b: Thing) -> Pair:
+        total = number((a.count or 0) + (b.count or 0))
+        questions = (
+            "How many {many} and {others} are there altogether?",
+            "If you count the {many} and the {others} together, how many are there?",
+            "How many {many} and {others} does the picture show in all?",
         )
-        answer = self.choices.of(
-            (
-                f"There are {self.just(a)} and {self.just(b)}, which makes {number(total)} altogether.",
-                f"{capital(number(total))} in all: {self.just(a)} and {self.just(b)}.",
-            )
+        answers = (
+            "There {be} {a} and {b}, which makes {total} altogether.",
+            "{Total} in all: {a} and {b}.",
+            "I count {a} and {b}, so together there are {total}.",
         )
-        return question, answer
+        return self.ask(
+            questions,
+            answers,
+            many=a.noun.many,
+            others=b.noun.many,
+            a=self.exactly(a),
+            b=self.exactly(b),
+            be=self.are([a]),
+            total=total,
+            Total=capital(total),
+        )
 
-    def why_more(self, a: Thing, b: Thing) -> tuple[str, str]:
-        if (a.count or 0) < (b.count or 0):
-            a, b = b, a
+    def why_more(self, a: Thing, b: Thing) -> Pair:
         difference = (a.count or 0) - (b.count or 0)
-        question = self.choices.of(
-            (
-                f"Are there more {a.noun.many} or more {b.noun.many}, and by how many?",
-                f"Which are there more of, {b.noun.many} or {a.noun.many}? Explain how you know.",
-                f"By how many do the {a.noun.many} outnumber the {b.noun.many}?",
-            )
+        questions = (
+            "Are there more {many} or more {others}, and by how many?",
+            "Which are there more of, {others} or {many}? Explain how you know.",
+            "Do the {many} outnumber the {others}?",
         )
-        answer = self.choices.of(
-            (
-                f"There are {number(difference)} more {a.noun.many}: {self.just(a)} and {self.just(b)}.",
-                f"With {self.just(a)} and {self.just(b)}, the {a.noun.many} are ahead by {number(difference)}.",
-            )
+        answers = (
+            "There are more {many}: I count {a} and {b}, a difference of {difference}.",
+            "The {many} outnumber the {others}, since there are {a} but only {b}.",
+            "There {be} {a} and {b}, so there are more {many}.",
         )
-        return question, answer
+        question, answer = self.ask(
+            questions,
+            answers,
+            many=a.noun.many,
+            others=b.noun.many,
+            a=self.exactly(a),
+            b=self.exactly(b),
+            be=self.are([a]),
+            difference=number(difference),
+        )
+        return question, f"Yes. {answer}" if question.startswith("Do ") else answer
 
-    def why_each(self, person: Thing, thing: Thing) -> tuple[str, str]:
+    def why_each(self, person: Thing, thing: Thing) -> Pair:
         people, things = person.count or 0, thing.count or 0
-        question = self.choices.of(
-            (
-                f"Could each person in the picture have {nouns.article(thing.noun.one)} {thing.noun.one} of their own?",
-                f"Are there enough {thing.noun.many} for everyone in the picture?",
-                f"Is there {nouns.article(thing.noun.one)} {thing.noun.one} for every person?",
-            )
+        questions = (
+            "Could each person in the picture have {a} of their own?",
+            "Are there enough {many} for everyone in the picture?",
+            "Is there {a} for every person?",
         )
-        there = f"there {'is' if things == 1 else 'are'} {self.just(thing)}"
-        if things >= people:
-            rest = "so there is one for each" if things == people else "so there would even be some left over"
-            if things - people == 1:
-                rest = "so one would even be left over"
-            return question, f"Yes. There are {self.just(person)}, and {there}, {rest}."
-        return (
-            question,
-            f"No. There are {self.just(person)}, but {there}, so {number(people - things)} would go without.",
-        )
+        question = self.say(questions, a=thing.noun.a(), many=thing.noun.many)
+        there = f"there {self.are([thing])} {self.exactly(thing)}"
+        if things < people:
+            lack = people - things
+            rest = f"so {number(lack)} would go without"
+            return question, f"No. There are {self.exactly(person)}, but {there}, {rest}."
+        rest = "exactly one for each" if things == people else "more than one for each"
+        return question, f"Yes. There are {self.exactly(person)}, and {there}: {rest}."
 
-    def why_order(self, triple: tuple[Thing, Thing, Thing]) -> tuple[str, str]:
-        a, b, c = (self.the(thing, colour=False) for thing in triple)
-        shuffled = self.choices.shuffled([a, b, c])
-        question = self.choices.of(
-            (
-                f"In which order do {listed(shuffled)} follow each other from left to right?",
-                f"Put {listed(shuffled)} in order from left to right.",
-                f"Going from left to right, in what order would you come across {listed(shuffled)}?",
-            )
+    def why_order(self, triple: tuple[Thing, Thing, Thing]) -> Pair:
+        a, b, c = (self.the(thing, plain=True) for thing in triple)
+        questions = (
+            "In which order do {items} follow each other from left to right?",
+            "Put {items} in order from left to right.",
+            "Going from left to right, in what order would you come across {items}?",
         )
-        return question, (
-            f"First {a}, then {b}, and last {c}: {a} {triple[0].noun.verb} to the left of {b}, "
-            f"and {c} {triple[2].noun.verb} to the right of {b}."
+        first, middle, last = (thing.noun.verb for thing in triple)
+        answers = (
+            f"First {a}, then {b}, and last {c}: {a} {first} to the left of {b}, and {c} {last} to the right of {b}.",
+            f"The order is {a}, {b}, {c}: {b} {middle} to the right of {a} and to the left of {c}.",
         )
+        return self.say(questions, items=listed(self.choices.shuffled((a, b, c)))), self.choices.of(answers)
 
-    def why_between(self, triple: tuple[Thing, Thing, Thing]) -> tuple[str, str]:
-        a, b, c = (self.the(thing, colour=False) for thing in triple)
-        shuffled = self.choices.shuffled([a, b, c])
-        question = self.choices.of(
-            (
-                f"Of {listed(shuffled)}, which is in the middle, seen from left to right? Explain.",
-                f"Which of these is between the other two, going from left to right: {listed(shuffled)}?",
-            )
+    def why_between(self, triple: tuple[Thing, Thing, Thing]) -> Pair:
+        a, b, c = (self.the(thing, plain=True) for thing in triple)
+        questions = (
+            "Of {items}, which is in the middle, seen from left to right? Explain.",
+            "Which of these is between the other two, going from left to right: {items}?",
         )
-        verb = triple[1].noun.verb
-        return (
-            question,
-            f"{capital(b)}: {'it is' if verb == 'is' else 'they are'} to the right of {a} and to the left of {c}.",
-        )
+        words = self.words(triple[1])
+        answer = f"{words['The']} {words['is']} between the other two, to the right of {a} and to the left of {c}."
+        return self.say(questions, items=listed(self.choices.shuffled((a, b, c)))), answer
 
-    def why_larger(self, a: Thing, b: Thing) -> tuple[str, str]:
-        pair = self.choices.shuffled([self.the(a, colour=False), self.the(b, colour=False)])
-        question = self.choices.of(
-            (
-                f"Which takes up more of the picture, {pair[0]} or {pair[1]}, and why do you think so?",
-                f"Compare how large {pair[0]} and {pair[1]} appear. Which one is larger here?",
-            )
+    def why_larger(self, a: Thing, b: Thing) -> Pair:
+        one, two = self.choices.shuffled((self.the(a, plain=True), self.the(b, plain=True)))
+        questions = (
+            "Which takes up more of the picture, {one} or {two}, and why do you think so?",
+            "Compare how large {one} and {two} appear. Which one is larger here?",
         )
-        a_, b_ = self.the(a, colour=False), self.the(b, colour=False)
-        return question, (f"{capital(a_)} takes up more of the picture: it appears both wider and taller than {b_}.")
+        words = self.words(a)
+        answer = f"{words['The']} takes up more of the picture: it appears both wider and taller than {self.the(b)}."
+        return self.say(questions, one=one, two=two), answer
 
-    def why_halves(self, thing: Thing, halves: tuple[int, int]) -> tuple[str, str]:
-        left, right = halves
+    def why_halves(self, thing: Thing, left: int, right: int) -> Pair:
+        questions = (
+            "Are most of the {many} in the left or in the right half of the picture?",
+            "In which half of the picture are there more {many}, and how do you know?",
+        )
         many = thing.noun.many
-        question = self.choices.of(
-            (
-                f"Are most of the {many} in the left or in the right half of the picture?",
-                f"On which side of the picture are there more {many}, and how do you know?",
-            )
-        )
-        side, other = ("left", "right") if left > right else ("right", "left")
+        side = "left" if left > right else "right"
         more, fewer = max(left, right), min(left, right)
-        if fewer == 0:
-            return (
-                question,
-                f"In the {side} half: all {number(more)} {many} are there, and none is in the {other} half.",
+        if not fewer:
+            answer = f"In the {side} half: all {number(more)} {many} are there."
+        else:
+            answer = (
+                f"In the {side} half: of the {number(more + fewer)} {many}, {number(more)} are there, "
+                f"and just {number(fewer)} {'is' if fewer == 1 else 'are'} in the other half."
             )
-        return question, (
-            f"In the {side} half: of the {number(more + fewer)} {many}, {number(more)} are there and "
-            f"{number(fewer)} {'is' if fewer == 1 else 'are'} in the {other} half."
-        )
+        return self.say(questions, many=many), answer
 
-    def why_room(self, room: str, found: Sequence[Thing]) -> tuple[str, str]:
-        question = self.choices.of(
-            (
-                f"What suggests that this is {nouns.article(room)} {room}?",
-                "What kind of room is this, and what tells you so?",
-                "Which room is shown here? Give your reasons.",
-            )
+    def why_room(self, room: str, found: Sequence[Thing]) -> Pair:
+        a = f"{nouns.article(room)} {room}"
+        questions = (
+            "What suggests that this is {a}?",
+            "What kind of room is this, and what tells you so?",
+            "Which room is shown here? Give your reasons.",
         )
         items = listed([self.counted(thing) for thing in found])
-        verb = "are" if (found[0].count or 1) > 1 else "is"
-        return question, f"This is {nouns.article(room)} {room}: there {verb} {items}, as one would expect there."
-
-    def why_setting(self, setting: str, key: str) -> tuple[str, str]:
-        question = self.choices.of(
-            (
-                "Was this picture taken indoors or outdoors? How can you tell?",
-                "Is this scene inside or outside, and what makes you think so?",
-                "Are we indoors or outdoors here? Give a reason.",
-            )
+        answers = (
+            f"This is {a}: there {self.are(found)} {items}, as one would expect there.",
+            f"It is {a}, and it has what one finds in such a room: {items}.",
         )
-        place = f"{nouns.article(key)} {key}" if key not in ("sky", "woods") else f"the {key}"
-        return question, self.choices.of(
-            (
-                f"It was taken {setting}, since the picture shows {place}.",
-                f"{capital(setting)}: what we see is {place}, which is found {setting}.",
-            )
-        )
+        return self.ask(questions, answers, a=a)
 
-    def grounding(self) -> list[tuple[str, str]] | str:
+    def why_setting(self, place: str) -> Pair:
+        inside = place in nouns.ROOMS
+        questions = (
+            "Was this picture taken indoors or outdoors? How can you tell?",
+            "Is this scene indoors or outdoors, and what makes you think so?",
+            "Are we indoors or outdoors here? Give a reason.",
+        )
+        a = "the woods" if place == "woods" else f"{nouns.article(place)} {place}"
+        found = [thing for thing in self.sure(_INSIDE if inside else _OUTSIDE) if thing.key != place][:2]
+        where = "indoors" if inside else "outdoors"
+        also = f", with {listed([self.counted(thing) for thing in found])}" if found else ""
+        answers = (
+            f"This is {where}: what we see is {a}{also}.",
+            f"It must be {where}, since the picture shows {a}{also}.",
+        )
+        return self.ask(questions, answers)
+
+    def why_sport(self, sport: str, found: Sequence[Thing]) -> Pair:
+        questions = (
+            "Which sport does the picture show, and what gives it away?",
+            "What sport is this? How can you tell?",
+        )
+        items = listed([self.counted(thing) for thing in found])
+        return self.ask(questions, (f"This is {sport}: there {self.are(found)} {items} in the picture.",))
+
+    def why_only(self, thing: Thing) -> Pair:
+        questions = (
+            "Is there only one {one} in the picture, or are there more? Explain.",
+            "Is there more than one {one} here? How do you know?",
+        )
+        if thing.count == 1:
+            answer = f"There is only one {thing.noun.one}: no other {thing.noun.one} can be seen."
+        else:
+            answer = f"There is more than one {thing.noun.one}, since I count {self.exactly(thing)} in the picture."
+        return self.say(questions, one=thing.noun.one), answer
+
+    def why_edge(self, thing: Thing) -> Pair:
+        words = self.words(thing)
+        questions = ("Is {the} nearer to the left or to the right edge of the picture? Explain.",)
+        if words["is"] == "are":
+            questions = ("Are {the} nearer to the left or to the right edge of the picture? Explain.",)
+        answer = "{The} {is} nearer to the {side} edge, because {it} {is} on the {side} side of the picture."
+        return self.ask(questions, (answer,), side=thing.side, it=words["It"].lower(), **words)
+
+    # -- grounding -----------------------------------------------------------------------------------------------------
+
+    def grounding(self) -> list[Pair] | str:
         """One to four questions about regions."""
         if not self.boxed:
             return "it has no boxes"
-        topics: dict[str, list[Callable[[], tuple[str, str]]]] = {}
+        topics: dict[str, list[Callable[[], Pair]]] = {}
 
-        def add(topic: str, write: Callable[[], tuple[str, str]]) -> None:
+        def add(topic: str, write: Callable[[], Pair]) -> None:
             topics.setdefault(topic, []).append(write)
 
         for thing in self.boxed:
@@ -936,18 +818,17 @@ class _Composer:
                 add("locate", partial(self.locate, thing))
             if thing.count is not None and thing.count > 1:
                 add("all", partial(self.point_out, thing))
+                for side, place in self.outermost(thing):
+                    add("outermost", partial(self.ask_outermost, thing, side, place))
             add("region", partial(self.region, thing))
-            last = self.outermost(thing)
-            if last is not None:
-                add("outermost", partial(self.ask_outermost, thing, *last))
         for a, b in self.pairs():
             if self.relation(a, b):
                 add("relation", partial(self.linked_relation, a, b))
-        described = self.linked_scene()
-        if described is not None:
-            add("scene", lambda: described)
+        best = self.linked_scene()
+        if best is not None:
+            add("scene", partial(self.describe_linked, best))
         most = 1 + self.choices.below(4)
-        pairs: list[tuple[str, str]] = []
+        pairs: list[Pair] = []
         order = self.choices.shuffled(sorted(topics))
         for topic in order[:most]:
             pair = self.choices.of(topics[topic])()
@@ -955,228 +836,241 @@ class _Composer:
                 pairs.append(pair)
         return pairs
 
-    def locate(self, thing: Thing) -> tuple[str, str]:
-        the = self.the(thing)
-        verb = thing.noun.verb
-        question = self.choices.of(
-            (
-                f"Where {verb} {the}? Please point {'it' if verb == 'is' else 'them'} out.",
-                f"Point to {the}.",
-                f"Can you find {the} in the picture?",
-                f"Locate {the}.",
-                f"Show me {the}.",
-            )
+    def locate(self, thing: Thing) -> Pair:
+        questions = (
+            "Where {is} {the}? Please point it out." if thing.noun.verb == "is" else "Where are {the}?",
+            "Point to {the}.",
+            "Can you find {the} in the picture?",
+            "Locate {the}.",
+            "Show me {the}.",
         )
-        linked = self.link(self.the(thing), *thing.boxes)
-        answers = [f"Here: {linked}.", f"{capital(linked)} {verb} here."]
-        if thing.side or thing.level:
-            answers = [f"{capital(linked)} {verb} {_place(thing)}.", answers[0]]
-        return question, self.choices.of(answers)
+        link = _link(self.the(thing), thing.boxes)
+        answers = ["Here: {link}.", "{Link} {is} here."]
+        if thing.side or thing.level or thing.central:
+            answers = ["{Link} {is} {place}.", "{Link} {is} {place}.", "Here: {link}."]
+        words = self.words(thing)
+        return self.ask(questions, answers, link=link, Link=capital(link), place=_place(thing), **words)
 
-    def point_out(self, thing: Thing) -> tuple[str, str]:
-        many, count = thing.noun.many, thing.count or 0
-        question = self.choices.of(
-            (
-                f"Point out all {many}.",
-                f"Show me every {thing.noun.one} in the picture.",
-                f"Where are the {many}?",
-                f"Find all of the {many}.",
-                f"Mark each {thing.noun.one}.",
-            )
+    def point_out(self, thing: Thing) -> Pair:
+        many, count = thing.noun.many, number(thing.count or 0)
+        questions = (
+            "Point out all {many}.",
+            "Show me every {one} in the picture.",
+            "Where are the {many}?",
+            "Find all of the {many}.",
+            "Mark each {one}.",
         )
-        answer = self.choices.of(
-            (
-                f"There are {self.link(f'{number(count)} {many}', *thing.boxes)}.",
-                f"{capital(self.link(f'{number(count)} {many}', *thing.boxes))} can be seen.",
-                f"There are {number(count)} {many}: {listed([self.link('', place) for place in thing.boxes])}.",
-            )
-        )
-        return question, answer
+        link = _link(f"{count} {many}", thing.boxes)
+        each = listed([_link("", (place,)) for place in thing.boxes])
+        answers = (f"There are {link}.", f"{capital(link)} can be seen.", f"There are {count} {many}: {each}.")
+        return self.ask(questions, answers, many=many, one=thing.noun.one)
 
-    def region(self, thing: Thing) -> tuple[str, str]:
-        place = self.choices.of(thing.boxes)
-        region = self.link("", place)
-        question = self.choices.of(
-            (
-                f"What is at {region}?",
-                f"What do you see in the region {region}?",
-                f"What is in this part of the picture: {region}?",
-                f"Name what is in {region}.",
-            )
+    def region(self, thing: Thing) -> Pair:
+        questions = (
+            "What is at {link} in this picture?",
+            "What do you see in the region {link} of the picture?",
+            "What is in the part {link} of the picture?",
+            "Name what you see at {link} here.",
         )
+        link = _link("", (self.choices.of(thing.boxes),))
         name = self.one(thing)
         if thing.sole and thing.colour and not thing.colour_in_label and thing.key != "person":
             name = f"{' and '.join(thing.colour)} {name}"
         if thing.noun.verb == "are":
-            return question, f"{capital(thing.noun.a())}."
-        if thing.noun.one in nouns.MASS:
-            return question, f"It is {name}."
-        return question, self.choices.of(
-            (f"It is {nouns.article(name)} {name}.", f"{capital(nouns.article(name))} {name}.")
-        )
+            return self.say(questions, link=link), f"{capital(thing.noun.a())}."
+        a = name if thing.noun.one in nouns.MASS else f"{nouns.article(name)} {name}"
+        return self.ask(questions, ("It is {a}.", "{A}.", "There is {a}."), link=link, a=a, A=capital(a))
 
-    def outermost(self, thing: Thing) -> tuple[str, int] | None:
-        """The one of several that is plainly furthest left or right."""
-        if thing.count is None or not 2 <= thing.count <= 6:
-            return None
+    def outermost(self, thing: Thing) -> list[tuple[str, int]]:
+        """The sides on which one of a few is plainly the outermost, and its place."""
         boxes, width = self.context.boxes, self.context.width
+        if thing.count is None or not 2 <= thing.count <= 6:
+            return []
         sides = []
         if left_of(boxes[thing.boxes[0]], boxes[thing.boxes[1]], width):
             sides.append(("left", thing.boxes[0]))
         if left_of(boxes[thing.boxes[-2]], boxes[thing.boxes[-1]], width):
             sides.append(("right", thing.boxes[-1]))
-        return self.choices.of(sides) if sides else None
+        return sides
 
-    def ask_outermost(self, thing: Thing, side: str, place: int) -> tuple[str, str]:
-        question = self.choices.of(
-            (
-                f"Which of the {number(thing.count or 0)} {thing.noun.many} is furthest to the {side}?",
-                f"Point to the {thing.noun.one} that is furthest to the {side}.",
-                f"Where is the {side}most {thing.noun.one}?",
-            )
+    def ask_outermost(self, thing: Thing, side: str, place: int) -> Pair:
+        questions = (
+            "Which of the {number} {many} is furthest to the {side}?",
+            "Point to the {one} that is furthest to the {side}.",
+            "Where is the {side}most {one}?",
         )
-        return question, self.choices.of(
-            (
-                f"{self.link(f'The {side}most {thing.noun.one}', place)} is here.",
-                f"It is {self.link('this one', place)}.",
-            )
+        leftmost, this = _link(f"The {side}most {thing.noun.one}", (place,)), _link("this one", (place,))
+        return self.ask(
+            questions,
+            (f"{leftmost} is here.", f"It is {this}."),
+            number=number(thing.count or 0),
+            many=thing.noun.many,
+            one=thing.noun.one,
+            side=side,
         )
 
-    def linked_relation(self, a: Thing, b: Thing) -> tuple[str, str]:
-        if self.choices.below(2):
-            a, b = b, a
-        relation = self.relation(a, b)
-        first, second = self.link(self.the(a), *a.boxes), self.link(self.the(b), *b.boxes)
-        verb = a.noun.verb
-        question = self.choices.of(
-            (
-                f"Where {verb} {first} in relation to {second}?",
-                f"How {verb} {self.link('', *a.boxes)} placed relative to {self.link('', *b.boxes)}?",
-            )
+    def linked_relation(self, a: Thing, b: Thing) -> Pair:
+        a, b = self.choices.shuffled((a, b))
+        first, second = _link(self.the(a), a.boxes), _link(self.the(b), b.boxes)
+        questions = (
+            "Where {is} {first} in relation to {second}?",
+            "How {is} {first} placed relative to {second}?",
+            "How do you find {one} placed relative to {two} here?",
         )
-        return question, f"{capital(first)} {verb} {relation} {second}."
+        answer = f"{capital(first)} {a.noun.verb} {self.relation(a, b)} {second}."
+        question = self.say(
+            questions,
+            first=first,
+            second=second,
+            one=_link("", a.boxes),
+            two=_link("", b.boxes),
+            **{"is": a.noun.verb},
+        )
+        return question, answer
 
-    def linked_scene(self) -> tuple[str, str] | None:
-        """A text with its phrases linked to boxes, the one with most of them."""
+    def linked_scene(self) -> int | None:
+        """The text with most phrases that can be linked to boxes."""
         best, most = None, 0
         for place in self.facts.order:
             text = self.facts.texts[place]
-            told = self.told(text, bare=True, link=True)
-            if told is not None and told.count("](box:") > most:
-                best, most = told, told.count("](box:")
-        if best is None:
-            return None
-        question = self.choices.of(
-            (
-                "Describe the picture and mark what you mention.",
-                "What does the picture show? Point out the things that you mention.",
-                "Describe the scene, and say where things are.",
-                "Give a description in which the things are marked.",
-            )
+            if telling.spans(text) is None:
+                continue
+            links = sum(bool(telling.linked(self.facts, mention)) for mention in text.mentions)
+            if links > most:
+                best, most = place, links
+        return best
+
+    def describe_linked(self, place: int) -> Pair:
+        questions = (
+            "Describe the picture and mark what you mention.",
+            "What does the picture show? Point out the things that you mention.",
+            "Tell me what is going on, and point out the things you name.",
+            "Say what the picture shows, with the things in it marked.",
         )
-        return question, best
+        return self.choices.of(questions), telling.tell(self.facts, place, self.choices, bare=True, link=True) or ""
 
 
-_OPPOSITE = {
-    "to the left of": "to the right of",
-    "to the right of": "to the left of",
-    "above": "below",
-    "below": "above",
-}
-_OUTDOORS = frozenset(word.replace("/", " ") for word in nouns.OUTDOORS) - {"river", "lake", "ocean", "sky", "mountain"}
+@dataclass
+class _Talk:
+    """A conversation that grows."""
+
+    most: int
+    pairs: list[Pair] = field(default_factory=list)
+    topics: list[str] = field(default_factory=list)
+    spoken: set[str] = field(default_factory=set)
+    """The things that answers were about."""
+    asked: set[tuple[str, frozenset[str]]] = field(default_factory=set)
+
+    def allows(self, idea: _Idea) -> bool:
+        """Whether it asks for something new."""
+        if self.topics.count(idea.topic) >= 2:
+            return False
+        topic = "paired" if idea.topic in _PAIRED else idea.topic
+        return (topic, frozenset(idea.keys)) not in self.asked and (
+            idea.topic != "count" or ("present", frozenset(idea.keys)) not in self.asked
+        )
+
+    def add(self, pair: Pair | None, keys: Iterable[str], topic: str) -> None:
+        """Takes a question and its answer, unless they say what was said."""
+        if pair is None:
+            return
+        words = _said(pair[1])
+        for question, answer in self.pairs:
+            old = _said(answer)
+            if question == pair[0] or answer == pair[1] or len(words & old) > 0.55 * len(words | old):
+                return
+            if topic in ("count", "doing") and len(words - {"there", "are", "count", "see"} - old) < 1:
+                return
+        self.pairs.append(pair)
+        self.topics.append(topic)
+        keys = frozenset(keys)
+        self.spoken |= keys
+        self.asked.add(("paired" if topic in _PAIRED else topic, keys))
 
 
-def _agree(question: str, verb: str) -> str:
-    """The question about what has no singular."""
-    return question.replace(" is the ", " are the ", 1) if verb == "are" else question
+def _said(answer: str) -> set[str]:
+    return set(answer.lower().replace(",", "").rstrip(".").split())
+
+
+def _link(words: str, boxes: Sequence[int]) -> str:
+    return str(MentionOfBoxes(words, tuple(boxes)))
+
+
+def _larger(a: Thing, b: Thing) -> bool:
+    return a.box is not None and b.box is not None and a.box.area >= evidence.LARGER * b.box.area
+
+
+def _wider_and_taller(a: Thing, b: Thing) -> bool:
+    if a.box is None or b.box is None:
+        return False
+    return a.box.width > 1.15 * b.box.width and a.box.height > 1.15 * b.box.height
+
+
+def _alike(a: Thing, b: Thing) -> bool:
+    """Whether one would compare the two."""
+    return _alike_labels(a.key, b.key)
+
+
+def _alike_labels(a: str, b: str) -> bool:
+    if any(a in alike and b in alike for alike in nouns.CLASSES):
+        return True
+    return nouns.described(a).head != a.lower() and nouns.described(b).head != b.lower()
 
 
 def _place(thing: Thing) -> str:
-    """``on the left side of the picture, at the bottom``."""
+    """``on the left side of the picture, towards the bottom``."""
     side, level = thing.side, thing.level
-    if side in ("left", "right"):
+    if side is not None:
         return f"on the {side} side of the picture" + (f", towards the {level}" if level else "")
-    if level:
-        return f"at the {level} of the picture" + (", in the middle" if side else "")
-    return "in the middle of the picture, from left to right"
+    return f"at the {level} of the picture" if level else "in the middle of the picture"
 
 
-def _names(facts: Facts) -> dict[str, str]:
+def names(facts: Facts) -> dict[str, str]:
     """What the one of each label is called; without those that would share a name."""
-    names: dict[str, str] = {}
-    heads: dict[str, int] = {}
-    for thing in facts.boxed():
-        head = nouns.described(thing.key).head
-        heads[head] = heads.get(head, 0) + len(thing.boxes)
+    found: dict[str, str] = {}
+    heads = Counter(nouns.described(box.label).head for box in facts.context.boxes)
+    coloured = Counter(
+        (nouns.described(box.label).colour, nouns.described(box.label).head) for box in facts.context.boxes
+    )
     for thing in facts.things.values():
         if not thing.sole:
             continue
-        name = thing.noun.one
         parts = nouns.described(thing.key)
         if thing.key == "person":
-            name = _person(thing)
-        elif parts.head != thing.key.lower() and heads.get(parts.head) == 1:
-            name = parts.head
-        elif parts.size and parts.colour:
-            alike = [
-                other
-                for other in facts.boxed()
-                if nouns.described(other.key).head == parts.head and nouns.described(other.key).colour == parts.colour
-            ]
-            if len(alike) == 1 and len(alike[0].boxes) == 1:
-                name = f"{parts.colour} {parts.head}"
-        names[thing.key] = name
-    shared = {name for name in names.values() if list(names.values()).count(name) > 1}
-    return {key: name for key, name in names.items() if name not in shared}
+            found[thing.key] = _person(thing)
+        elif parts.head == thing.key.lower() or not thing.boxes:
+            found[thing.key] = thing.noun.one
+        elif heads[parts.head] == 1:
+            found[thing.key] = parts.head
+        elif parts.colour and coloured[parts.colour, parts.head] == 1:
+            found[thing.key] = f"{parts.colour} {parts.head}"
+        else:
+            found[thing.key] = thing.noun.one
+    times = Counter(found.values())
+    return {key: name for key, name in found.items() if times[name] == 1}
 
 
 def _person(thing: Thing) -> str:
     """``woman`` where the texts agree that it is one."""
-    words = [mention.form.word for mention in thing.mentions if mention.head and not mention.several]
-    named = set(words)
-    if not named:
-        return "person"
-    for word in ("man", "woman", "boy", "girl"):
-        if word in named and named <= _COMPATIBLE[word]:
+    named = {mention.form.word for mention in thing.mentions if mention.head and not mention.several}
+    for word, alike in _PEOPLE.items():
+        if word in named and named <= alike | _NEUTRAL:
             return word
-    if named == {"child"} or named == {"kid"} or named == {"baby"}:
-        return named.pop()
     return "person"
 
 
 _NEUTRAL = words_of(
-    """person player skier surfer snowboarder skateboarder skate boarder rider pitcher batter passenger worker friend
-    catcher pedestrian adult"""
-) | {"skate boarder"}
-_COMPATIBLE = {
-    "man": _NEUTRAL | {"man", "guy", "gentleman", "male"},
-    "woman": _NEUTRAL | {"woman", "lady", "female"},
-    "boy": _NEUTRAL | {"boy", "child", "kid", "male"},
-    "girl": _NEUTRAL | {"girl", "child", "kid", "female"},
+    """person player skier surfer snowboarder skateboarder rider pitcher batter passenger worker friend catcher
+    pedestrian adult cyclist biker skater"""
+) | {"tennis player", "baseball player", "skate boarder", "surf boarder"}
+_PEOPLE = {
+    "man": words_of("man guy gentleman male businessman"),
+    "woman": words_of("woman lady female businesswoman"),
+    "boy": words_of("boy child kid male toddler youngster"),
+    "girl": words_of("girl child kid female toddler youngster"),
+    "child": words_of("child kid toddler youngster baby"),
 }
-
-
-def _spans(text: Text) -> list[tuple[int, int]] | None:
-    """Where each token of the text is in `Text.said`; null where that differs from the text by more than its end."""
-    if text.said is None:
-        return None
-    found = [(match[0].lower(), match.span()) for match in evidence._TOKEN.finditer(text.said)]
-    length = max((place + 1 for place, word in enumerate(text.low) if word[0].isalnum()), default=0)
-    if tuple(word for word, _ in found[:length]) != text.low[:length]:
-        return None
-    return [span for _, span in found]
-
-
-def _maybe_verb(text: Text) -> bool:
-    """Whether some word may be a verb that is not listed: it ends in s, is no known plural, and an object follows."""
-    within = {place for mention in text.mentions for place in range(mention.noun, mention.end)}
-    for place, word in enumerate(text.low[:-1]):
-        if place in within or not word.endswith("s") or word.endswith(("ss", "us", "ous", "'s")) or len(word) < 4:
-            continue
-        after = text.low[place + 1]
-        if word not in nouns.CLOSED and after in _OBJECT:
-            return True
-    return False
-
-
-_OBJECT = words_of("a an the his her its their up down off over out through")
+"""Words for one person that agree with each other."""
+_OUTDOORS = frozenset(word.replace("/", " ") for word in nouns.OUTDOORS) - {"river", "lake", "ocean", "sky", "mountain"}
+_NOT_INSIDE = words_of("outside outdoor outdoors patio street beach field park")
+_NOT_OUTSIDE = words_of("inside indoor indoors room window restaurant")

@@ -1,0 +1,220 @@
+"""Texts told as answers: whole sentences, with "is" put in where a text lacks it, with later mentions of a thing as
+"the", with phrases linked to boxes; and what a thing does, as its texts say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
+from itertools import pairwise
+
+from captioners.instruct import nouns
+from captioners.instruct.facts import TOKEN, Facts, Mention, Text, Thing
+from captioners.instruct.nouns import words_of
+from captioners.instruct.phrases import SHOWS, Choices
+
+_FINITE = words_of(
+    """is are was were has have can do does appears seems gets sits stands lies lays walks rides runs holds eats drinks
+    plays jumps flies drives looks watches hangs rests wears works carries pulls passes grazes graze swims sleeps smiles
+    poses leans travels moves catches throws swings hits performs sit lie lay eat hold plans pecks feeds shows cuts
+    takes makes uses talks waits stares winds tries sprays lead leads seen"""
+)
+"""Words that make a sentence of a phrase."""
+_WITH = words_of(
+    """with of in on at near by under behind next inside outside above below between beside from covered filled topped
+    surrounded decorated stacked lined mounted placed located made dressed full"""
+)
+"""Words after a noun that leave it a phrase."""
+_PLURAL_GROUPS = words_of("group couple number bunch herd flock crowd lot family team handful pair")
+"""``a group of people are``; but ``a pile of books is``."""
+_OBJECT = words_of("a an the his her its their up down off over out through")
+
+
+@dataclass(frozen=True)
+class Deed:
+    """What a text says that a thing does, or where it is: ``sitting on a couch``."""
+
+    text: int
+    subject: Mention
+    verb: str
+    """``sitting``"""
+    said: str
+    """From the verb to the full stop."""
+
+
+def spans(text: Text) -> list[tuple[int, int]] | None:
+    """Where each token of a text is in `Text.said`; null where the two differ by more than case and their ends."""
+    if text.said is None:
+        return None
+    found = [(match[0].lower(), match.span()) for match in TOKEN.finditer(text.said)]
+    length = max((place + 1 for place, word in enumerate(text.low) if word[0].isalnum()), default=0)
+    if tuple(word for word, _ in found[:length]) != text.low[:length]:
+        return None
+    return [span for _, span in found]
+
+
+def key_of(facts: Facts, mention: Mention) -> str | None:
+    """The thing that a mention is about."""
+    if mention.form.key in facts.things:
+        return mention.form.key
+    for thing in facts.things.values():
+        if any(found is mention for found in thing.mentions):
+            return thing.key
+    return None
+
+
+def keys_of(facts: Facts, place: int) -> set[str]:
+    """All that a text is about, as labels or nouns."""
+    mentions = facts.texts[place].mentions
+    return {key_of(facts, mention) or mention.form.key for mention in mentions}
+
+
+def linked(facts: Facts, mention: Mention) -> tuple[int, ...]:
+    """The boxes of a mention: that of the one, or all where the phrase names as many; else none."""
+    key = key_of(facts, mention)
+    if key is None or not mention.head:
+        return ()
+    thing = facts.things[key]
+    if thing.sole and not mention.several:
+        return thing.boxes
+    return thing.boxes if thing.count is not None and thing.count > 1 and mention.stated == thing.count else ()
+
+
+def content(text: Text) -> set[str]:
+    """Its words but for the little ones, without the s of plurals."""
+    return {word.rstrip("s") for word in text.low if word[0].isalpha() and word not in nouns.CLOSED}
+
+
+def posture(text: Text) -> tuple[str, str] | None:
+    """The noun that a text begins with and how that holds itself: ``("person", "sit")``."""
+    for mention in text.mentions[:1]:
+        for word in text.low[mention.end : mention.end + 2]:
+            if word in nouns.POSTURES:
+                return mention.form.key, nouns.POSTURES[word]
+    return None
+
+
+def tell(
+    facts: Facts,
+    place: int,
+    choices: Choices,
+    *,
+    bare: bool,
+    known: Set[str] = frozenset(),
+    link: bool = False,
+) -> str | None:
+    """A text as a statement.
+
+    Args:
+        facts: those of the image.
+        place: the text's position.
+        choices: for the words put before a phrase ("The picture shows").
+        bare: whether a phrase without a verb will do.
+        known: what was mentioned before: "a dog" is "the dog" now.
+        link: whether phrases become mentions of boxes.
+
+    Returns:
+        null where the text makes no statement, or where it is not sure that it speaks of the things mentioned before.
+    """
+    text = facts.texts[place]
+    said, where = text.said, spans(text)
+    if said is None or where is None:
+        return said if bare and not known and not link else None
+    edits: list[tuple[int, int, str]] = []
+    shown = ""
+    statement = text.low[0] in ("there", "this", "here") or _finite(text)
+    first = text.mentions[0] if text.mentions else None
+    if first is not None and not statement and ". " not in said:
+        group = _group(text)
+        several = group in _PLURAL_GROUPS if group else first.several
+        starts = first.head and (first.start == 0 or (group is not None and first.start == 3))
+        determined = several or group is not None or first.number is not None or text.low[0] in ("the", "some")
+        after = text.low[first.end] if first.end < len(text.low) else ""
+        if starts and determined and after in nouns.PARTICIPLES:
+            edits.append((where[first.end][0], where[first.end][0], "are " if several else "is "))
+            statement = True
+        elif starts and determined and after in _WITH:
+            shown = choices.of(SHOWS) + " "
+            statement = True
+    if not statement and not bare:
+        return None
+    for mention in text.mentions if known else ():
+        key = key_of(facts, mention) or mention.form.key
+        if key not in known or not mention.head:
+            continue
+        thing = facts.things.get(key)
+        if text.low[mention.start] not in ("a", "an"):
+            if mention.number is not None or mention.several or (mention is first and mention.start == mention.noun):
+                return None  # "two dogs" again, or a bare "dog": perhaps others
+            continue
+        if thing is None or not (thing.sole or key in nouns.ROOMS or key in nouns.OUTDOORS):
+            return None
+        start, end = where[mention.start]
+        edits.append((start, end, "The" if start == 0 and not shown else "the"))
+    if shown and not any(edit[0] == 0 for edit in edits):
+        edits.append((0, 1, said[0].lower()))
+    for mention in text.mentions if link else ():
+        boxes = linked(facts, mention)
+        if boxes:
+            start, end = where[mention.start][0], where[mention.end - 1][1]
+            edits.append((start, start, "["))
+            edits.append((end, end, f"](box:{','.join(map(str, boxes))})"))
+    for left, right, words in sorted(edits, key=lambda edit: (edit[0], edit[1] > edit[0]), reverse=True):
+        said = said[:left] + words + said[right:]
+    return shown + said
+
+
+def deeds(facts: Facts, thing: Thing) -> list[Deed]:
+    """What a thing does or where it is, the surest first; none where texts differ in how it holds itself."""
+    postures = set()
+    found = []
+    for place in facts.order:
+        text = facts.texts[place]
+        first = text.mentions[0] if text.mentions else None
+        if first is None or not any(first is mention for mention in thing.mentions):
+            continue
+        group = _group(text)
+        if first.start != (3 if group else 0) or (group is not None and group not in _PLURAL_GROUPS):
+            continue
+        held = posture(text)
+        if held is not None:
+            postures.add(held[1])
+        at = first.end
+        if at < len(text.low) and text.low[at] in ("is", "are"):
+            at += 1
+        where = spans(text)
+        if at + 2 >= len(text.low) or text.low[at] not in nouns.PARTICIPLES or where is None or text.said is None:
+            continue
+        if ". " in text.said or any(word in _FINITE for word in text.low[at + 1 :]):
+            continue
+        if thing.sole and (first.several or text.low[0] not in ("a", "an", "the", "one")):
+            continue
+        if not thing.sole and not (first.several and thing.several):
+            continue
+        if not thing.noun.live and text.low[at + 1] not in nouns.PLACES:
+            continue
+        found.append(Deed(place, first, text.low[at], text.said[where[at][0] :]))
+    return found if len(postures) < 2 else []
+
+
+def _group(text: Text) -> str | None:
+    """The first noun of ``a group of people``."""
+    low = text.low
+    return low[1] if len(low) > 3 and low[0] in ("a", "an") and low[2] == "of" and low[1] in nouns.GROUPS else None
+
+
+def _finite(text: Text) -> bool:
+    """Whether a text has a verb; also where some word may be one: it ends in s, is no known plural, and "the" or the
+    like follows."""
+    if not _FINITE.isdisjoint(text.low):
+        return True
+    within = {place for mention in text.mentions for place in range(mention.noun, mention.end)}
+    return any(
+        word.endswith("s")
+        and place not in within
+        and len(word) > 3
+        and word not in nouns.CLOSED
+        and not word.endswith(("ss", "us", "'s"))
+        and after in _OBJECT
+        for place, (word, after) in enumerate(pairwise(text.low))
+    )
