@@ -386,9 +386,7 @@ class ChatClient:
             status, headers, body = await asyncio.wait_for(
                 self._post(payload, self.endpoint.digest(request), sent), self.endpoint.timeout_s
             )
-            if status != 200:
-                raise self._refusal(status, headers, _json(body), payload)
-            completion = self._read(headers, body, request.max_tokens)
+            completion = self.read(request, status, headers, body)
         except asyncio.TimeoutError:
             self._unanswered += 1
             self._silence = self.reasons.timeout
@@ -422,14 +420,14 @@ class ChatClient:
         except aiohttp.ClientConnectorCertificateError as error:
             raise ConfigError(
                 f"{endpoint.section}: the TLS certificate of {endpoint.base_url} is not trusted "
-                f"({self._clean(str(error))}); correct the host's name, or make its authority known (SSL_CERT_FILE)"
+                f"({self.clean(str(error))}); correct the host's name, or make its authority known (SSL_CERT_FILE)"
             ) from None
         except (aiohttp.ClientError, OSError) as error:
-            said = self._clean(f"{type(error).__name__}: {error}")
+            said = self.clean(f"{type(error).__name__}: {error}")
             raise Failed(self.reasons.connection, said, charged=sent.yes) from None
         except (ValueError, AttributeError, AssertionError) as error:
             # aiohttp on answers that no parser expects
-            said = self._clean(f"not HTTP: {type(error).__name__}: {error}")
+            said = self.clean(f"not HTTP: {type(error).__name__}: {error}")
             raise Failed(self.reasons.connection, said, charged=sent.yes) from None
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
@@ -456,6 +454,16 @@ class ChatClient:
         }
 
     # -- reading the answer --
+
+    def read(self, request: ChatRequest, status: int, headers: Any, body: bytes) -> Completion:
+        """What an answer says, however it came.
+
+        Raises:
+            Failed, ConfigError, StageFailed: as `send`.
+        """
+        if status != 200:
+            raise self._refusal(status, headers, _json(body), self._payload(request))
+        return self._read(headers, body, request.max_tokens)
 
     def _read(self, headers: Any, body: bytes, max_tokens: int) -> Completion:
         """The completion in an answer of status 200.
@@ -484,7 +492,7 @@ class ChatClient:
         reasons = self.reasons
         finish = choice.get("finish_reason")
         refusal = message.get("refusal")
-        refusal = self._clean(refusal) if isinstance(refusal, str) and refusal.strip() else None
+        refusal = self.clean(refusal) if isinstance(refusal, str) and refusal.strip() else None
         content = message.get("content")
         if isinstance(content, list):
             parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
@@ -495,7 +503,7 @@ class ChatClient:
         leaks = self._holds_key(text)
         read = Completion(
             "" if leaks else text,
-            self._clean(finish)[:40] if isinstance(finish, str) else None,
+            self.clean(finish)[:40] if isinstance(finish, str) else None,
             refusal,
             _tokens(answer, "prompt"),
             _tokens(answer, "completion"),
@@ -519,7 +527,7 @@ class ChatClient:
         if leaks:
             raise failed(reasons.malformed, "the answer repeats the API key", 0)
         if (reason := self._fault(text)) is not None:
-            raise failed(reason, self._clean(text), 0 if reason is reasons.refused else None)
+            raise failed(reason, self.clean(text), 0 if reason is reasons.refused else None)
         if len(text) > (most := CHARS_A_TOKEN * max_tokens):
             raise failed(reasons.malformed, f"{len(text)} characters; at most {most} are taken")
         return read
@@ -528,7 +536,7 @@ class ChatClient:
         """What an answer with another status than 200 means."""
         endpoint, reasons = self.endpoint, self.reasons
         error = _error_of(answer)
-        said = self._clean(str(error.get("message") or ""))
+        said = self.clean(str(error.get("message") or ""))
         detail = f"HTTP {status}: {said}" if said else f"HTTP {status}"
         where = f"{endpoint.section}: the endpoint {endpoint.base_url} answers {detail}"
         codes = _codes(error)
@@ -543,7 +551,7 @@ class ChatClient:
             )
         if status in (404, 405) or 300 <= status < 400:
             if location := headers.get("Location"):
-                where += f" and points to {self._clean(addresses.without_secrets(location))}, which is not followed"
+                where += f" and points to {self.clean(addresses.without_secrets(location))}, which is not followed"
             return ConfigError(
                 f"{where}; check {endpoint.section}.base_url (up to and with /v1) and the name {endpoint.model!r}"
             )
@@ -590,7 +598,7 @@ class ChatClient:
     def _holds_key(self, text: str) -> bool:
         return bool(self._key) and len(self._key or "") >= _MIN_SECRET and str(self._key) in text
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         """Words of the endpoint for a message or a detail: one line, short, without the key."""
         line = one_line(text)  # first, since characters that are dropped could hide the key
         if self._key and len(self._key) >= _MIN_SECRET:
