@@ -390,7 +390,12 @@ def _print_run(dataset: str, report: RunReport) -> None:
     if report.snapshot is None:
         typer.echo("The sources hold no rows: nothing was done.")
         return
+    from pairmill.query import instruction_counts
+    from pairmill.store import Dataset
+
     versions.print_snapshot(dataset, report.snapshot)
+    if "instructions" in report.snapshot.columns:
+        versions.print_instructions(instruction_counts(Dataset(dataset).snapshot()))
     computed = ", ".join(f"{stage} {rows:,}" for stage, rows in report.computed.items()) or "nothing"
     published = "published" if report.published else "nothing new: still"
     typer.echo(

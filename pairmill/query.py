@@ -67,6 +67,30 @@ def select(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         raise ConfigError(f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns") from error
 
 
+def instruction_counts(snapshot: Snapshot) -> dict[str, dict[str, int]]:
+    """Of the conversations of kept pairs, by kind: how many there are (``written``), and how many there are not, by
+    reason. Empty where the recipe writes none. Reads no conversation.
+
+    Raises:
+        StoreError: a file of the snapshot is missing or damaged.
+    """
+    table = snapshot.columns.get(fields.INSTRUCTION_OUTCOMES.name)
+    if table is None:
+        return {}
+    with connect(snapshot) as connection:
+        rows = select(
+            connection,
+            f"""SELECT o.kind AS kind, coalesce(o.reason, 'written') AS reason, count(*) AS count
+                FROM (SELECT unnest({fields.INSTRUCTION_OUTCOMES.name}) AS o FROM store.{_name(table)} i
+                      JOIN store.{LEDGER_TABLE} l ON l.uid = i.uid AND l.shard = i.shard WHERE l.status = 'kept')
+                GROUP BY ALL ORDER BY ALL""",
+        ).to_pylist()
+    found: dict[str, dict[str, int]] = {}
+    for row in rows:
+        found.setdefault(row["kind"], {})[row["reason"]] = row["count"]
+    return found
+
+
 def where(snapshot: Snapshot, condition: str) -> pa.Table:
     """``uid`` and ``shard`` of the pairs that satisfy a condition over the view ``pairs``.
 

@@ -194,8 +194,11 @@ INSTRUCTIONS = pa.field("instructions", pa.list_(INSTRUCTION))
 """The conversations of a pair, one of each kind that was asked for, in the order of `pairmill.instructions.KINDS`."""
 INSTRUCTED_RANKS = pa.field("instructed_ranks", pa.list_(pa.int32()))
 """`TEXT_RANKS` as they were when `INSTRUCTIONS` were written: when other texts are kept they are written anew."""
-INSTRUCTIONS_DUE = pa.field("instructions_due", pa.list_(pa.string()))
-"""Why answers are outstanding, each reason once: values of `schemas.reasons.DEFERRED`. Null where none is."""
+INSTRUCTION_OUTCOMES = pa.field(
+    "instruction_outcomes",
+    pa.list_(pa.struct([pa.field("kind", pa.string()), pa.field("reason", pa.string())])),
+)
+"""Kind and reason of each of `INSTRUCTIONS`: what can be counted without reading them."""
 
 # -- dedup ------------------------------------------------------------------------------------------------------------
 NEIGHBOURS = pa.field(

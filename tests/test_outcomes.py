@@ -33,7 +33,7 @@ class JoinKept(Stage):
     resources: Resources = field(default=Resources(rows=16), metadata={"identity": False})
     name = "joined"
     reads = ("texts", "captions", "text_ranks")
-    writes = (fields.BOILERPLATE, fields.INSTRUCTED_RANKS, fields.INSTRUCTIONS_DUE)
+    writes = (fields.BOILERPLATE, fields.INSTRUCTED_RANKS, fields.INSTRUCTION_OUTCOMES)
 
     def open(self) -> Kernel:
         def join(batch: Batch) -> pa.Table:
@@ -45,12 +45,14 @@ class JoinKept(Stage):
             for given, written, ranks in zip(*columns, strict=True):
                 pairs = [(r, t["text"]) for r, t in zip(ranks, [*given, *written], strict=True) if r is not None]
                 joined.append(" | ".join(text for _, text in sorted(pairs)))
-                outstanding.append(["writer.timeout"] if given[0]["text"] in due else None)
+                outstanding.append(
+                    [{"kind": "detail", "reason": "writer.timeout"}] if given[0]["text"] in due else None
+                )
             return pa.table(
                 {
                     "boilerplate": pa.array(joined, pa.string()),
                     "instructed_ranks": batch.column("text_ranks"),
-                    "instructions_due": pa.array(outstanding, fields.INSTRUCTIONS_DUE.type),
+                    "instruction_outcomes": pa.array(outstanding, fields.INSTRUCTION_OUTCOMES.type),
                 }
             )
 
@@ -58,7 +60,7 @@ class JoinKept(Stage):
 
     @property
     def revises(self) -> tuple[str, ...]:
-        return ("instructed_ranks", "text_ranks", "instructions_due")
+        return ("instructed_ranks", "text_ranks", "instruction_outcomes")
 
     def outdated(self, rows: pa.Table, *, retry: bool) -> pa.Array:
         before, now, due = (rows.column(name).to_pylist() for name in self.revises)
@@ -186,10 +188,10 @@ def test_what_is_due_is_tried_once_a_run_until_it_is_there(tmp_path):
     assert done(tmp_path) == []
     dataset = Dataset(run.dataset)
     compiled = compile_plan(load_recipe(run))
-    table = compiled.columns["instructions_due"]
+    table = compiled.columns["instruction_outcomes"]
     schema = table_schema(compiled, table)
-    rows = read_files(dataset, dataset.table(table, schema).files(), schema, ["uid", "instructions_due"])
-    assert pc.all(pc.is_null(rows["instructions_due"])).as_py()
+    rows = read_files(dataset, dataset.table(table, schema).files(), schema, ["uid", "instruction_outcomes"])
+    assert pc.all(pc.is_null(rows["instruction_outcomes"])).as_py()
     assert len(set(rows["uid"].to_pylist())) == len(rows)
 
 

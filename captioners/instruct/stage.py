@@ -50,7 +50,7 @@ class Instructions(Stage):
     """
 
     name = "instructions"
-    writes = (fields.INSTRUCTIONS, fields.INSTRUCTED_RANKS, fields.INSTRUCTIONS_DUE)
+    writes = (fields.INSTRUCTIONS, fields.INSTRUCTED_RANKS, fields.INSTRUCTION_OUTCOMES)
 
     writer: Any
     """A `Writer`."""
@@ -110,7 +110,7 @@ class Instructions(Stage):
             tasks = [self._tasks(uid, row) for uid, row in zip(uids, rows, strict=True)]
             written = iter(write([task for of_row in tasks for task in of_row]))
             found = [[judged(next(written), task) for task in of_row] for of_row in tasks]
-            due = [sorted({i.reason for i in of_row if i.reason in DEFERRED_VALUES}) or None for of_row in found]
+            outcomes = [[{"kind": i.kind, "reason": i.reason} for i in of_row] for of_row in found]
             ranks = [row.get(fields.TEXT_RANKS.name) for row in rows]
             return pa.table(
                 {
@@ -118,7 +118,7 @@ class Instructions(Stage):
                         [[i.to_row() for i in r] for r in found], fields.INSTRUCTIONS.type
                     ),
                     fields.INSTRUCTED_RANKS.name: pa.array(ranks, fields.INSTRUCTED_RANKS.type),
-                    fields.INSTRUCTIONS_DUE.name: pa.array(due, fields.INSTRUCTIONS_DUE.type),
+                    fields.INSTRUCTION_OUTCOMES.name: pa.array(outcomes, fields.INSTRUCTION_OUTCOMES.type),
                 }
             )
 
@@ -157,15 +157,26 @@ class Instructions(Stage):
     def revises(self) -> tuple[str, ...]:
         """The ranks as they were and as they are, and what is outstanding."""
         ranks = (fields.INSTRUCTED_RANKS.name, fields.TEXT_RANKS.name) if self.captions else ()
-        return (fields.INSTRUCTIONS_DUE.name, *ranks)
+        return (fields.INSTRUCTION_OUTCOMES.name, *ranks)
 
     def outdated(self, rows: pa.Table, *, retry: bool) -> pa.Array:
         """Rows whose texts are chosen otherwise now, and with `retry` those of which an answer is outstanding."""
-        marks = pc.is_valid(rows.column(fields.INSTRUCTIONS_DUE.name)).to_pylist() if retry else [False] * len(rows)
+        marks = [False] * len(rows)
+        if retry:
+            outcomes = rows.column(fields.INSTRUCTION_OUTCOMES.name).combine_chunks()
+            reasons = pc.struct_field(pc.list_flatten(outcomes), "reason")
+            waiting = pc.is_in(reasons, value_set=pa.array(self._awaited(), pa.string()))
+            for row in pc.list_parent_indices(outcomes).filter(waiting).to_pylist():
+                marks[row] = True
         if self.captions:
             before, now = (rows.column(f.name).to_pylist() for f in (fields.INSTRUCTED_RANKS, fields.TEXT_RANKS))
             marks = [mark or old != new for mark, old, new in zip(marks, before, now, strict=True)]
         return pa.array(marks, pa.bool_())
+
+    def _awaited(self) -> list[str]:
+        """Reasons of conversations that are worth another try now."""
+        worth = getattr(self.writer, "worth_asking", None)
+        return [reason for reason in sorted(DEFERRED_VALUES) if worth is None or worth(reason)]
 
 
 def writer_of(config: RunConfig) -> Writer:

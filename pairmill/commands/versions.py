@@ -11,7 +11,7 @@ import typer
 from pairmill.commands.common import AsJson, DatasetUrl, SnapshotId, Wait, print_json, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pairmill.versions import DiffReport, RollbackReport, VacuumReport
     from schemas.snapshot import SnapshotRecord
@@ -44,14 +44,17 @@ def status(dataset: DatasetUrl, snapshot: SnapshotId = None, as_json: AsJson = F
       pairmill status out/my-dataset
       pairmill status s3://bucket/my-dataset --snapshot 3 --json
     """
+    from pairmill.query import instruction_counts
     from pairmill.store import Dataset
 
     opened = Dataset(dataset)
-    record = opened.snapshot(snapshot).record
+    shot = opened.snapshot(snapshot)
+    record = shot.record
     if as_json:
-        print_json(record_json(record))
+        print_json({**record_json(record), "instructions": instruction_counts(shot)})
         return
     print_snapshot(dataset, record)
+    print_instructions(instruction_counts(shot))
     _print_making(record, next((r for r in reversed(opened.snapshots()) if r.id < record.id), None))
 
 
@@ -238,6 +241,14 @@ def size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:,.4g} TB"
+
+
+def print_instructions(counts: Mapping[str, Mapping[str, int]]) -> None:
+    """One line a kind: how many conversations there are, and why there are not more."""
+    for kind, outcomes in counts.items():
+        asked, written = sum(outcomes.values()), outcomes.get("written", 0)
+        why = ", ".join(f"{shown(reason)} {count:,}" for reason, count in outcomes.items() if reason != "written")
+        typer.echo(f"{kind}: {written:,} of {asked:,} conversations written" + (f"; not: {why}" if why else ""))
 
 
 def _print_making(record: SnapshotRecord, before: SnapshotRecord | None) -> None:
