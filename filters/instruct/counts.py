@@ -143,6 +143,7 @@ def count_fault(
     sure = [thing for thing in fitting if thing.is_a(concepts)]
     perhaps = [thing for thing in fitting if thing not in sure and thing.may_be(concepts)]
     n, most = len(sure), len(sure) + len(perhaps)
+    least = sum(not thing.concepts.isdisjoint(concepts) for thing in sure) or n  # without what is only a kind of them
     if not most:
         if told and claim.kind == "all" and all(count.kind == "all" for count in told):
             if not any(count.concepts & concepts for count in told):
@@ -152,16 +153,18 @@ def count_fault(
     boxes = f"{claim.words}: {most} {'box' if most == 1 else 'boxes'}"
     plural = not evidence.plurals.isdisjoint(concepts)
     if claim.kind == "many":
-        return boxes if most < 2 and not plural and not told else None
+        return boxes if most < 2 and not plural and all(count.value < 2 for count in told) else None
     if claim.kind == "one":
+        if not plural and not evidence.mentioned.isdisjoint(concepts):
+            return None
         return boxes if n > 1 and (not claim.adjectives or claim.adjectives <= evidence.adjectives) else None
     if claim.value > most:
         return boxes
-    if (claim.value < n and claim.kind == "all") or (
-        asked and claim.adjectives <= asked and claim.value < n and claim.kind == "some"
+    if (claim.value < least and claim.kind == "all") or (
+        asked and claim.adjectives <= asked and claim.value < least and claim.kind == "some"
     ):
         same = [count for count in stated if count.concepts & concepts]
-        if len(same) > 1 or not _MORE.isdisjoint(said):
+        if (len(same) > 1 and sum(count.value for count in same) >= n) or not _MORE.isdisjoint(said):
             return None
         return boxes
     return None
@@ -169,7 +172,11 @@ def count_fault(
 
 def text_counts(evidence: Evidence) -> list[Count]:
     """The counts that the texts state."""
-    return [count for tokens, nouns in evidence.texts for count in counts(tokens, nouns) if count.kind != "many"]
+    if "counts" not in evidence.known:
+        evidence.known["counts"] = [
+            count for tokens, nouns in evidence.texts for count in counts(tokens, nouns) if count.kind != "many"
+        ]
+    return evidence.known["counts"]
 
 
 def asked_count(question: Sequence[Sequence[str]], evidence: Evidence) -> Noun | None:

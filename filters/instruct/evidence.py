@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from filters.instruct.leaks import without_demands
 from filters.instruct.vocabulary import Name, Noun, plural, vocabulary
@@ -61,6 +62,8 @@ class Evidence:
     crowded: frozenset[str]
     adjectives: frozenset[str]
     """Of the labels."""
+    known: dict[str, list[Any]] = field(default_factory=dict)
+    """What other modules found in the texts, found once."""
 
     def nouns(self, tokens: Sequence[str]) -> list[Noun]:
         """The nouns of a sentence that name a thing: no verbs, no words that qualify the noun behind them."""
@@ -150,6 +153,7 @@ def evidence_of(context: Context) -> Evidence:
     bare = Evidence((), extra, (), frozenset(), frozenset(), frozenset(), frozenset(), frozenset(), frozenset())
     texts: list[tuple[tuple[str, ...], tuple[Noun, ...]]] = []
     plurals: set[str] = set()
+    single: set[str] = set()
     named: set[str] = set()
     words: set[str] = set()
     for text in context.texts:
@@ -160,8 +164,10 @@ def evidence_of(context: Context) -> Evidence:
             words.update(tokens)
             for noun in nouns:
                 named |= noun.name.concepts
-                if noun.name.plural or noun.name.both:
+                if noun.name.plural or (noun.name.both and not _singular(tokens, noun)):
                     plurals |= noun.name.concepts
+                if noun.name.both and _singular(tokens, noun):
+                    single |= noun.name.concepts
     mentioned = _with_kinds(named)
     of_labels = {concept for thing in labelled for concept in thing.concepts}
     base = named | of_labels
@@ -179,10 +185,17 @@ def evidence_of(context: Context) -> Evidence:
         frozenset(words),
         _with_kinds(base | company | parts),
         mentioned,
-        _with_kinds(plurals),
+        _with_kinds(plurals - single),
         frozenset(crowded),
         frozenset(adjective for thing in labelled for adjective in thing.adjectives),
     )
+
+
+def _singular(tokens: Sequence[str], noun: Noun) -> bool:
+    """Whether a noun that is its own plural (``sheep``) stands for one."""
+    return not {"a", "an", "one", "single", "lone", "itself"}.isdisjoint(
+        tokens[max(noun.start - 3, 0) : noun.start]
+    ) or ("itself" in tokens)
 
 
 def _label(label: str, extra: dict[str, Name]) -> tuple[frozenset[str], tuple[str, ...]]:

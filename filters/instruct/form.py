@@ -21,7 +21,7 @@ ANSWER_WORDS: dict[str, tuple[int, int]] = {
 """Fewest and most words of an answer by kind."""
 QUESTION_WORDS = (2, 80)
 """Fewest and most words of a question."""
-NEAR_DUPLICATE = 0.8
+NEAR_DUPLICATE = 0.6
 """Jaccard similarity of word triples from which two longer answers of a conversation say the same."""
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
@@ -31,6 +31,7 @@ _CUT = re.compile(
     r"as|into|near|behind|between|under|over)\W*\Z",
     re.IGNORECASE,
 )
+_OPEN = re.compile(r"\b(?:a|an|the|and|or|its|their)[.!?]+\Z", re.IGNORECASE)
 _TOKENS = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^<>]{1,40}\uff5c>|</?s>|<</?SYS>>|\[/?INST\]|<(?:start|end)_of_turn>"
     r"|</?think(?:ing)?>"
@@ -234,7 +235,7 @@ def length_faults(turns: Sequence[Turn], kind: InstructKind) -> Iterator[str]:
                 continue
             if not least <= count <= top and "](box:" not in turn.content:
                 yield f"turn {at + 1} has {count} words: a question has {least} to {top}"
-            elif _CUT.search(text):
+            elif _OPEN.search(text) or (_CUT.search(text) and not _END.search(text)):
                 yield f"turn {at + 1} is cut off: {text[-40:]}"
             continue
         if not turn.content.strip():
@@ -246,11 +247,7 @@ def length_faults(turns: Sequence[Turn], kind: InstructKind) -> Iterator[str]:
         elif (
             not _END.search(text)
             and (count >= 8 or kind in ("detail", "complex") or _CUT.search(text) or text.endswith((",", ";", "-")))
-        ) or (
-            _END.search(text)
-            and count > 3
-            and re.search(r"\b(?:a|an|the|and|of|with|its|their)[.!?]+\Z", text, re.IGNORECASE)
-        ):
+        ) or (_END.search(text) and count > 3 and _OPEN.search(text)):
             yield f"turn {at + 1} is cut off: {text[-40:]}"
         if unbalanced := _unbalanced(text):
             yield f"turn {at + 1} leaves {unbalanced} open"

@@ -40,7 +40,21 @@ _NOT_FRAME = re.compile(
     r"field|floor|level|name|speed|deck|bunk|,? and (?:left|right)|or (?:left|right))"
 )
 _PLACE = re.compile(r"<(\d+)>")
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_CLAUSES = (
+    "; ",
+    ": ",
+    " while ",
+    " whereas ",
+    " where ",
+    ", and ",
+    ", but ",
+    ", with ",
+    ", as ",
+    ", so ",
+    ", although ",
+)
+_PRONOUN = re.compile(r"\b(?:it|they|he|she|one)\b")
+_ATTACHED = words_of("with in on of at near holding wearing under behind over by beside riding carrying onto from like")
 _TO = words_of(
     "the a an another this that these those his her their its one two three of both and , first second other "
     "large small big little red blue green yellow white black brown orange"
@@ -114,10 +128,12 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
             lower = previous[1] if previous[1] <= start else 0
             previous = (start, end)
         before = text[lower:start]
-        for stop in (";", " while ", " whereas ", ":"):
-            before = before.rpartition(stop)[2]
+        for stop in _CLAUSES:
+            _, found, tail = before.rpartition(stop)
+            if found and (_PLACE.search(tail) or _PRONOUN.search(tail)):
+                before = tail
         subjects = [nouns[int(place[1])] for place in _PLACE.finditer(before)]
-        if not subjects and re.search(r"\b(?:it|they|he|she|one)\b", before):
+        if not subjects and _PRONOUN.search(before):
             subjects = list(spoken_of)
         inverted = not subjects
         if inverted:
@@ -214,8 +230,16 @@ def relation_holds(
     """Whether some of the subjects stand so to some of the objects; null where one of them has no box."""
     subjects = [things for noun in relation.subjects if (things := _things(noun, evidence, tokens))]
     objects = [_things(noun, evidence, tokens) for noun in relation.objects]
-    if len(subjects) < len(relation.subjects) or not all(objects):
+    unboxed = [noun for noun in relation.subjects if not _things(noun, evidence, tokens)]
+    if not subjects or not all(objects) or any(not _is_attached(noun, tokens) for noun in unboxed):
         return None
+    if "both" in tokens and len(objects) == 1 and relation.where != "between":
+        alone = [[[other]] for other in objects[0]]
+        return any(
+            all(_stands(thing, relation.where, one, width, height) for one in alone)
+            for things in subjects
+            for thing in things
+        )
     for things in subjects:
         for thing in things:
             if _stands(thing, relation.where, objects, width, height):
@@ -225,6 +249,11 @@ def relation_holds(
             if relative and _stands(thing, relation.where, [others], width, height):
                 return True
     return False
+
+
+def _is_attached(noun: Noun, tokens: Sequence[str]) -> bool:
+    """``collar`` in ``the dog with the red collar``: what is said next is said of the dog."""
+    return not _ATTACHED.isdisjoint(tokens[max(noun.start - 4, 0) : noun.start])
 
 
 def _stands(thing: Labelled, where: str, objects: Sequence[Sequence[Labelled]], width: int, height: int) -> bool:
@@ -274,7 +303,11 @@ def _things(noun: Noun, evidence: Evidence, tokens: Sequence[str]) -> list[Label
 
 def text_relations(evidence: Evidence) -> list[Relation]:
     """The relations that the texts state."""
-    return [relation for tokens, nouns in evidence.texts for relation in relations(tokens, nouns)]
+    if "relations" not in evidence.known:
+        evidence.known["relations"] = [
+            relation for tokens, nouns in evidence.texts for relation in relations(tokens, nouns)
+        ]
+    return evidence.known["relations"]
 
 
 def _same(one: Relation, other: Relation) -> bool:

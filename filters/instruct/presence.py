@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from filters.instruct.evidence import Evidence, negated
 from filters.instruct.vocabulary import Noun
-from filters.instruct.words import DETERMINERS, tokens, words_of
+from filters.instruct.words import DETERMINERS, QUOTE, tokens, words_of
 
 _HEDGES = words_of(
     "might may could would can should likely possibly perhaps probably maybe if typically usually often commonly "
@@ -27,6 +27,7 @@ _POLAR = (
     ("do", "we", "see"),
     ("can", "we", "see"),
 )
+_ANYBODY = words_of("people person someone somebody humans individual individuals")
 _PICTURE = words_of("image picture photo photograph scene view frame shot")
 _UNQUALIFIED = words_of(
     ", . ; or nor and visible present here anywhere seen shown pictured depicted at can is are in to but though"
@@ -46,7 +47,9 @@ def presence_faults(sentences: Sequence[list[str]], evidence: Evidence, hedged: 
         absent = negated(words)
         if not (hedged and not _HEDGES.isdisjoint(words)):
             for noun in nouns:
-                if noun.start not in absent and not evidence.licenses(noun.name) and not _likeness(words, noun):
+                if noun.start in absent or evidence.licenses(noun.name) or _likeness(words, noun):
+                    continue
+                if not (hedged and noun.words in _ANYBODY) and not ("sign" in noun.name.concepts and QUOTE in words):
                     yield f"{noun.words}: neither texts nor boxes have it"
         if absent:
             for noun in nouns:
