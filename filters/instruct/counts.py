@@ -144,8 +144,10 @@ def count_fault(
     perhaps = [thing for thing in fitting if thing not in sure and thing.may_be(concepts)]
     n, most = len(sure), len(sure) + len(perhaps)
     least = sum(not thing.concepts.isdisjoint(concepts) for thing in sure) or n  # without what is only a kind of them
-    if not most:
-        if told and claim.kind == "all" and all(count.kind == "all" for count in told):
+    if not n:
+        if claim.value > most > 0:
+            return f"{claim.words}: {most} {'box' if most == 1 else 'boxes'}"
+        if told and claim.kind == "all" and all(count.kind in ("all", "some") for count in told):
             if not any(count.concepts & concepts for count in told):
                 return None
             return f"{claim.words}: the texts say {', '.join(sorted({str(count.value) for count in told}))}"

@@ -31,6 +31,7 @@ _CUT = re.compile(
     r"as|into|near|behind|between|under|over)\W*\Z",
     re.IGNORECASE,
 )
+_SAME = re.compile(r"(.)\1{9,}")
 _OPEN = re.compile(r"\b(?:a|an|the|and|or|its|their)[.!?]+\Z", re.IGNORECASE)
 _TOKENS = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^<>]{1,40}\uff5c>|</?s>|<</?SYS>>|\[/?INST\]|<(?:start|end)_of_turn>"
@@ -193,34 +194,32 @@ def _alike(one: Sequence[str], other: Sequence[str]) -> float:
 
 
 def _loop(text: str, words: Sequence[str]) -> str | None:
-    sentences = [
-        part for raw in re.split(r"[.!?\n]+", text.lower()) if len((part := " ".join(raw.split())).split()) >= 3
-    ]
-    common = Counter(sentences).most_common(1)
-    if common and common[0][1] > 1:
-        return common[0][0]
+    """What an answer says over and over: a sentence, a run of words three times, or, within a sentence, twice."""
+    said: set[tuple[str, ...]] = set()
+    for raw in re.split(r"[.!?\n]+", text.lower()):
+        sentence = tuple(_WORD.findall(raw))
+        if len(sentence) >= 3 and sentence in said:
+            return " ".join(sentence)
+        said.add(sentence)
+        for size in range(3, min(len(sentence) // 2, 12) + 1):
+            for at in range(len(sentence) - 2 * size + 1):
+                if sentence[at : at + size] == sentence[at + size : at + 2 * size]:
+                    return " ".join(sentence[at : at + 2 * size])
+        runs = Counter(zip(*(sentence[at:] for at in range(8)), strict=False)).most_common(1)
+        if runs and runs[0][1] > 1:
+            return " ".join(runs[0][0])
     for size in range(1, 9):
-        for at in range(len(words) - 3 * size + 1 if size > 1 else len(words) - 2):
+        for at in range(len(words) - 3 * size + 1):
             run = words[at : at + size]
-            times = 3
-            if all(words[at + step * size : at + (step + 1) * size] == run for step in range(1, times)):
+            if words[at + size : at + 2 * size] == run and words[at + 2 * size : at + 3 * size] == run:
                 return " ".join([*run, *run, *run])
-    for size in range(3, len(words) // 2 + 1):
-        if size > 12:
-            break
-        for at in range(len(words) - 2 * size + 1):
-            if words[at : at + size] == words[at + size : at + 2 * size]:
-                return " ".join(words[at : at + 2 * size])
     if len(words) >= 30:
-        grams = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
-        gram, times = grams.most_common(1)[0]
+        gram, times = Counter(zip(words, words[1:], words[2:], words[3:], strict=False)).most_common(1)[0]
         if times >= 4 and times * 4 >= len(words) * 0.3:
             return " ".join(gram)
         if len(set(words)) / len(words) < 0.25:
             return f"{len(set(words))} different words of {len(words)}"
-    if re.search(r"(.)\1{9,}", text):
-        return "one character"
-    return None
+    return "one character" if _SAME.search(text) else None
 
 
 def length_faults(turns: Sequence[Turn], kind: InstructKind) -> Iterator[str]:

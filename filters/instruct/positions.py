@@ -53,6 +53,7 @@ _CLAUSES = (
     ", so ",
     ", although ",
 )
+_PICTURE = words_of("image picture photo photograph images pictures photos photographs")
 _PRONOUN = re.compile(r"\b(?:it|they|he|she|one)\b")
 _ATTACHED = words_of("with in on of at near holding wearing under behind over by beside riding carrying onto from like")
 _TO = words_of(
@@ -90,7 +91,7 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
     """The relations that a sentence states; `spoken_of` are the nouns that ``it`` may mean."""
     if not any(word in tokens for word in _WORDS):
         return
-    text, nouns = marked(tokens, nouns)
+    text, nouns = marked(tokens, [noun for noun in nouns if noun.words not in _PICTURE])
     absent = negated(tokens)
     shift = _positions(tokens, nouns)
     matches: list[tuple[int, int, str, tuple[Noun, ...], str]] = []
@@ -134,7 +135,7 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
                 before = tail
         subjects = [nouns[int(place[1])] for place in _PLACE.finditer(before)]
         if not subjects and _PRONOUN.search(before):
-            subjects = list(spoken_of)
+            subjects = [nouns[int(place[1])] for place in _PLACE.finditer(text[:start])] or list(spoken_of)
         inverted = not subjects
         if inverted:
             rest = min((later[0] for later in matches if later[0] > start), default=len(text))
@@ -240,12 +241,13 @@ def relation_holds(
             for things in subjects
             for thing in things
         )
+    plural = relation.subjects[-1].name.plural
     for things in subjects:
         for thing in things:
             if _stands(thing, relation.where, objects, width, height):
                 return True
             others = [other for other in things if other is not thing]
-            relative = not objects and relation.where != "middle" and others
+            relative = not objects and relation.where != "middle" and not plural and others
             if relative and _stands(thing, relation.where, [others], width, height):
                 return True
     return False

@@ -78,6 +78,8 @@ def premise_faults(
             continue
         for noun in nouns:
             definite = {"the", "this", "that", "these", "those"} & set(words[max(noun.start - 3, 0) : noun.start])
+            if hedged and noun.words in _ANYBODY:
+                continue
             if definite and not evidence.licenses(noun.name) and not _likeness(words, noun):
                 yield f"{noun.words}: neither texts nor boxes have it"
 
