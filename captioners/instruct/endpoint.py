@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from captioners.chat import ChatRequest, NoAnswer, PaidChat, gather_all, model_identity
+from captioners.chat import NoAnswer, PaidChat, model_identity
+from captioners.completions import ChatRequest, gather_all
 from captioners.instruct import parsing, prompting
 from captioners.instruct.leaks import leaks
 from captioners.instruct.parsing import Parsed

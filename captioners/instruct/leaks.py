@@ -27,7 +27,8 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def leaks(turns: Sequence[Turn], boxes: Sequence[Box], prompt: PromptSet, texts: Sequence[str]) -> list[Finding]:
-    """What an answer has that comes from the prompt, or from an order in a text (``check.leak``).
+    """What an answer has that comes from the prompt, or from an order in a text (``check.leak``); and another language
+    than English (``check.wording``), in which no other check could read it.
 
     Args:
         turns: What the model wrote; a question that was drawn from a list is not looked at.
@@ -51,7 +52,10 @@ def leaks(turns: Sequence[Turn], boxes: Sequence[Box], prompt: PromptSet, texts:
         elif repeated := _first(said, shown, SHOT_SHINGLE):
             found.append(f"words of an example of the prompt: {repeated}")
     found += _obeyed(words, boxes, texts)
-    return [Finding(Reason.CHECK_LEAK.value, detail) for detail in found]
+    findings = [Finding(Reason.CHECK_LEAK.value, detail) for detail in found]
+    if _foreign([word for said in words for word in said]):
+        findings.append(Finding(Reason.CHECK_WORDING.value, "not in English"))
+    return findings
 
 
 def _words(text: str) -> list[str]:
@@ -66,6 +70,22 @@ def _first(words: Sequence[str], shingles: set[tuple[str, ...]], size: int) -> s
     """The first run of words that is among these; empty where none is."""
     runs = (tuple(words[at : at + size]) for at in range(len(words) - size + 1))
     return " ".join(next((run for run in runs if run in shingles), ()))
+
+
+_ENGLISH = frozenset(
+    _WORD.findall(
+        "the and with there are to it that this they which what his her has have from by at for be seen where"
+    )
+)
+"""Words that make up a fifth of English prose and more, and that other languages do not have."""
+_NEARLY_ENGLISH = _ENGLISH | {"a", "an", "is", "in", "on", "of", "no", "yes", "two", "can"}
+
+
+def _foreign(words: Sequence[str]) -> bool:
+    """Whether so many words cannot be English."""
+    if len(words) < 20:
+        return len(words) >= 8 and not _NEARLY_ENGLISH & set(words)
+    return sum(word in _ENGLISH for word in words) < 0.05 * len(words)
 
 
 # -- orders in texts --------------------------------------------------------------------------------------------------
@@ -95,6 +115,7 @@ _ORDER = re.compile(
   | (?:\A|[.!?;:,]\W*|\b(?:and|then|please|now|just|instead|always|must|should|to)\W+)
         (?:begin|start|end|finish|conclude)\W+(?:\w+\W+){0,3}?with\W+(?:the\W+)?
         (?:words?|letters?|phrase|sentence|["'])
+  | \A\W*(?:say|print|output|repeat|reply|respond|echo)\W+\w+(?:\W+\w+){0,2}\W*\Z
   | (?:\A|[.!?;,]\W*)(?:assistant|system|user|human|instructions?|prompt|response)\W?[:\u2013]
   | \b(?:as\W+an\W+ai|language\W+model|chat\W*gpt|chat\W*bot)\b
     """,

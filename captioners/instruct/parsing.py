@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from captioners.chat import one_line
+from captioners.completions import one_line
 from captioners.endpoint import refusal_or_residue
 from pairmill.boxes import Box
 from pairmill.instructions import ASSISTANT, USER, Finding, Mention, Turn, parts

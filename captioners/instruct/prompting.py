@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captioners.chat import one_line
+from captioners.completions import one_line
 from captioners.instruct import parsing
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError

@@ -1,0 +1,328 @@
+"""What ``<dataset>/_batches/`` holds: requests that wait, batches under way, and files that a person carries.
+
+===========================  =======================================================================================
+``pending/``                 requests without an answer, a line each, as workers left them; a request stays until it
+                             has an answer that is stored, or is not wanted any more
+``sent/<name>.json``         a batch: which requests it holds and how far it came. It is written before anything is
+                             done, and after each step, so a run that was killed goes on where it was
+``state.json``               how often a request got no answer, and what was learnt of the endpoint
+``outgoing/``, ``incoming/`` without ``instruct.writer.base_url``: files of requests to be taken away, files of results
+                             that were brought
+===========================  =======================================================================================
+
+Workers only add files to ``pending/``, each whole and never changed. Everything else is for the holder of the dataset's
+lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from captioners.completions import ChatRequest
+from pairmill import storage
+from pairmill.answers import Bound
+from pairmill.errors import StoreError
+from pairmill.store import Dataset, sync_folder
+from pairmill.store.files import list_folder
+
+FOLDER = "_batches"
+ENDPOINT = "/v1/chat/completions"
+
+MADE, UPLOADING, UPLOADED, CREATING, SENT, HANDED = "made", "uploading", "uploaded", "creating", "sent", "handed"
+"""How far a batch came: nothing is done yet; its file is being uploaded; is there; the batch is being created; is under
+way; or, without an endpoint, lies in ``outgoing/``."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A request that waits for an answer."""
+
+    uid: str
+    shard: int
+    purpose: str
+    """The kind of instruction."""
+    digest: str
+    """Names the request: its ``custom_id``."""
+    writer: str
+    """Digest of the identity of the writer that asks it."""
+    at: str
+    """When it was left; UTC, ISO 8601."""
+    body: Mapping[str, Any]
+    """Of the request, as the protocol has it."""
+
+    def line(self, length_key: str = "max_tokens") -> bytes:
+        """The request as a line of a batch file."""
+        body = {length_key if name == "max_tokens" else name: value for name, value in self.body.items()}
+        request = {"custom_id": self.digest, "method": "POST", "url": ENDPOINT, "body": body}
+        return json.dumps(request, ensure_ascii=True).encode() + b"\n"
+
+    @property
+    def request(self) -> ChatRequest:
+        """What is asked."""
+        body = self.body
+        return ChatRequest(
+            tuple(body["messages"]), body["max_tokens"], body["temperature"], body["top_p"], body["seed"]
+        )
+
+    def to_line(self) -> bytes:
+        """As it is stored."""
+        record = {"uid": self.uid, "shard": self.shard, "purpose": self.purpose, "writer": self.writer, "at": self.at}
+        return json.dumps({**record, "request": json.loads(self.line())}, ensure_ascii=True).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Pending:
+        """From `to_line`."""
+        record = json.loads(line)
+        request = record.pop("request")
+        return cls(digest=request["custom_id"], body=request["body"], **record)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of a batch."""
+
+    uid: str
+    shard: int
+    prompt_tokens: int
+    """At most, as of the other two."""
+    completion_tokens: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of requests and how far it came."""
+
+    name: str
+    state: str
+    at: str
+    requests: Mapping[str, Asked]
+    """By digest."""
+    file_id: str | None = None
+    batch_id: str | None = None
+
+    @property
+    def bound(self) -> Bound:
+        """What all of it may take at most."""
+        asked = self.requests.values()
+        return Bound(
+            sum(a.prompt_tokens for a in asked), sum(a.completion_tokens for a in asked), sum(a.cost for a in asked)
+        )
+
+    @property
+    def file_name(self) -> str:
+        """Of the file of its requests."""
+        return f"requests-{self.name}.jsonl"
+
+
+@dataclass
+class State:
+    """What is remembered beside the batches."""
+
+    length_key: str = "max_tokens"
+    """What the endpoint calls the most tokens of an answer."""
+    failures: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Of requests that got no answer: in how many batches, and why the last time; by digest."""
+
+
+class BatchFiles:
+    """The folder of a dataset.
+
+    Raises (all of its methods):
+        StoreError: a file cannot be read or written.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def path(self, *parts: str) -> str:
+        """A path below the folder, as the dataset's file system takes it."""
+        return self.dataset.path(FOLDER, *parts)
+
+    # -- requests that wait --
+
+    def leave(self, requests: Iterable[Pending]) -> None:
+        """Put requests down, in one file a shard."""
+        by_shard: dict[int, list[bytes]] = {}
+        for request in requests:
+            by_shard.setdefault(request.shard, []).append(request.to_line())
+        for shard, lines in by_shard.items():
+            data = b"".join(lines)
+            self._write(self.path("pending", f"{shard}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"), data)
+
+    def pending(self) -> dict[str, Pending]:
+        """All requests that wait, by digest; of those that were left more than once, the first."""
+        found: dict[str, Pending] = {}
+        for path in self._files("pending"):
+            for line in self._lines(path):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line: a worker leaves it again
+                    request = Pending.from_line(line)
+                    known = found.setdefault(request.digest, request)
+                    if request.at > known.at:
+                        found[request.digest] = replace(known, at=request.at)
+        return found
+
+    def keep(self, digests: Collection[str]) -> None:
+        """Remove all other requests that wait."""
+        seen: set[str] = set()
+
+        def wanted(line: bytes) -> bool:
+            try:
+                digest = Pending.from_line(line).digest
+            except (ValueError, KeyError, TypeError):
+                return False
+            first = digest in digests and digest not in seen
+            seen.add(digest)
+            return first
+
+        for path in self._files("pending"):
+            self._filter(path, wanted)
+
+    # -- batches --
+
+    def batches(self) -> list[Batch]:
+        """Those under way, oldest first."""
+        found = []
+        for path in self._files("sent", ".json"):
+            try:
+                given = json.loads(self._read(path))
+                asked = {digest: Asked(**request) for digest, request in given.pop("requests").items()}
+                found.append(Batch(requests=asked, **given))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise StoreError(
+                    f"{path}, which says what was sent to the endpoint, is damaged: {error}; look there for a batch "
+                    f"named {posixpath.basename(path).removesuffix('.json')}, cancel it, then remove the file: its "
+                    "requests are sent again"
+                ) from error
+        return sorted(found, key=lambda batch: (batch.at, batch.name))
+
+    def save(self, batch: Batch, **changes: Any) -> Batch:
+        """Write a batch down as it is after these changes."""
+        batch = replace(batch, **changes)
+        self._write(self.path("sent", f"{batch.name}.json"), json.dumps(asdict(batch)).encode())
+        return batch
+
+    def drop(self, batch: Batch) -> None:
+        """The batch is over."""
+        self._remove(self.path("outgoing", batch.file_name))
+        self._remove(self.path("sent", f"{batch.name}.json"))
+
+    def hand_out(self, batch: Batch, lines: Iterable[bytes]) -> str:
+        """Write the file of a batch for a person to take away; returns where it is."""
+        path = self.path("outgoing", batch.file_name)
+        self._write(path, b"".join(lines))
+        return path
+
+    # -- results --
+
+    def incoming(self) -> list[str]:
+        """Files of results that were brought."""
+        return self._files("incoming")
+
+    def lines(self, path: str) -> Iterator[bytes]:
+        """The lines of such a file, without empty ones."""
+        return self._lines(path)
+
+    def consumed(self, path: str, rest: bytes) -> None:
+        """Remove a file of results; what of it could not be used stays beside it, as ``<name>.rejected``."""
+        if rest:
+            self._write(f"{path}.rejected", rest)
+        self._remove(path)
+
+    # -- what is remembered --
+
+    def state(self) -> State:
+        """What is remembered; nothing, where nothing can be read."""
+        try:
+            given = json.loads(self.dataset.fs.cat_file(self.path("state.json")))
+            failures = {digest: (int(count), str(detail)) for digest, (count, detail) in given["failures"].items()}
+            return State(str(given["length_key"]), failures)
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return State()
+
+    def remember(self, state: State) -> None:
+        """Write it down."""
+        if state != self.state():
+            self._write(self.path("state.json"), json.dumps(asdict(state), sort_keys=True).encode())
+
+    # -- takedowns --
+
+    def forget(self, uids: Collection[str]) -> int:
+        """Remove all that is about these pairs, wherever it lies here. Returns how many requests that were."""
+        gone = {digest for digest, request in self.pending().items() if request.uid in uids}
+        for batch in self.batches():
+            of_batch = {digest for digest, asked in batch.requests.items() if asked.uid in uids}
+            if of_batch:
+                gone |= of_batch
+                self.save(batch, requests={d: a for d, a in batch.requests.items() if d not in of_batch})
+        for path in self._files("pending"):
+            self._filter(path, lambda line: not any(uid.encode() in line for uid in uids))
+        for folder, ending in (("outgoing", ".jsonl"), ("incoming", ".jsonl"), ("incoming", ".rejected")):
+            for path in self._files(folder, ending):
+                self._filter(path, lambda line: not any(digest.encode() in line for digest in gone))
+        state = self.state()
+        state.failures = {digest: told for digest, told in state.failures.items() if digest not in gone}
+        self.remember(state)
+        return len(gone)
+
+    # -- files --
+
+    def _files(self, folder: str, ending: str = ".jsonl") -> list[str]:
+        with storage.explained(f"cannot list {self.path(folder)}"):
+            return sorted(p for p in list_folder(self.dataset, self.path(folder)) if p.endswith(ending))
+
+    def _read(self, path: str) -> bytes:
+        with storage.explained(f"cannot read {path}"):
+            data: bytes = self.dataset.fs.cat_file(path)
+            return data
+
+    def _lines(self, path: str) -> Iterator[bytes]:
+        with storage.explained(f"cannot read {path}"), self.dataset.fs.open(path, "rb") as file:
+            while line := file.readline(MAX_LINE):
+                if line.strip():
+                    yield line
+
+    def _filter(self, path: str, wanted: Callable[[bytes], bool]) -> None:
+        """Leave only some lines of a file; remove it when none is left."""
+        lines = list(self._lines(path))
+        kept = [line for line in lines if wanted(line)]
+        if not kept:
+            self._remove(path)
+        elif len(kept) < len(lines):
+            self._write(path, b"".join(kept))
+
+    def _write(self, path: str, data: bytes) -> None:
+        """A file that is there whole or not at all, also after a loss of power."""
+        with storage.explained(f"cannot write {path}"):
+            if not self.dataset.local:
+                self.dataset.fs.pipe_file(path, data)
+                return
+            folder = posixpath.dirname(path)
+            os.makedirs(folder, exist_ok=True)
+            temporary = f"{path}.{os.getpid()}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            sync_folder(folder)
+
+    def _remove(self, path: str) -> None:
+        with storage.explained(f"cannot remove {path}"), contextlib.suppress(FileNotFoundError):
+            self.dataset.fs.rm_file(path)
+
+
+MAX_LINE = 2**22
+"""Bytes of a line that are read at a time; a longer one falls apart into pieces that are not JSON."""
