@@ -53,9 +53,18 @@ IMAGE_TOKEN = "<image>"  # noqa: S105
 _EXAMPLES = {
     "models.captioner": "Salesforce/blip-image-captioning-large@COMMIT",
     "models.itm": "Salesforce/blip-itm-large-coco@COMMIT",
+    "models.detector": "google/owlv2-base-patch16-ensemble@COMMIT",
+    "models.segmenter": "facebook/sam-vit-base@COMMIT",
     "model": "Salesforce/blip-image-captioning-base@COMMIT",
 }
-_NEEDS = {"models.captioner": "a captioner", "models.itm": "an image-text matching head"}
+_NEEDS = {
+    "models.captioner": "a captioner",
+    "models.itm": "an image-text matching head",
+    "models.detector": "an open-vocabulary detector",
+    "models.segmenter": "a segmenter that takes boxes",
+}
+_SHIPPED = frozenset({"models.captioner", "models.itm", "model"})
+"""Keys for which the package ships a model."""
 _BUFFERS = re.compile(r"(^|\.)(position_ids|inv_freq)$")
 """Constants that older versions of transformers stored and newer ones compute."""
 
@@ -121,7 +130,7 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
 
     place = resolve_device(device)
     folder = checkpoint_folder(ref, key)
-    kind = _kind(folder, key, classes, ref)
+    kind = checkpoint_kind(folder, key, classes, ref)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with complete_checkpoint(key, ref):
         model = load_weights(getattr(transformers, classes[kind]), folder, dtype, key, ref)
@@ -191,7 +200,8 @@ def checkpoint_folder(ref: ModelRef, key: str) -> Path:
     except Exception as error:
         raise ConfigError(
             f"{key}: {ref} cannot be fetched ({type(error).__name__}: {error}). Check the name, the revision and the "
-            f"network, or fetch it elsewhere and give its folder as {key}.path; offline, {key}: tiny is there"
+            f"network, or fetch it elsewhere and give its folder as {key}.path"
+            + (f"; offline, {key}: tiny is there" if key in _SHIPPED else "")
         ) from error
 
 
@@ -210,8 +220,12 @@ def model_settings(folder: Path, key: str, ref: ModelRef) -> dict[str, Any]:
         ) from error
 
 
-def _kind(folder: Path, key: str, classes: dict[str, str], ref: ModelRef) -> str:
-    """The ``model_type`` of a checkpoint, one of `classes`."""
+def checkpoint_kind(folder: Path, key: str, classes: dict[str, str], ref: ModelRef) -> str:
+    """The ``model_type`` of a checkpoint, one of `classes`.
+
+    Raises:
+        ConfigError: it is of another type or class, or has no safetensors.
+    """
     settings = model_settings(folder, key, ref)
     kind, architectures = settings.get("model_type"), settings.get("architectures") or []
     accepted = ", ".join(classes.values())
