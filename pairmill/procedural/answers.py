@@ -291,6 +291,7 @@ _ONE_PLACE = (
 _PLACE = re.compile(rf"{_ONE_PLACE}(?: ?,? {_ONE_PLACE})*(?P<across> ?,? from left to right)?(?! ?of N)")
 _ATTRIBUTE = rf"(?:{_COLOUR}|{'|'.join(_SIZE)})"
 _ATTRIBUTES = re.compile(rf"{_ATTRIBUTE}(?:(?: ,)?(?: and)? {_ATTRIBUTE})*(?![a-z])")
+_CLAUSES = re.compile(r" : | , (?:since|because|while|whereas) | , (?:but|and) (?=there |N\d+ (?:is|are) )")
 _JOINED = re.compile(r"(?: , and| , but| ,| and| but)(?: also)?(?: (?:it|they|that) (?:is|are)| is| are)? ")
 
 
@@ -460,13 +461,13 @@ class _Reader:
 
     def compare(self, claims: _Claims, subject: int, relation: str) -> None:
         """Claims a relation to the other one of the two that the question asks about."""
-        if self.frame.kind != "choice" or self.frame.relation != relation:
-            raise _NotUnderstood(f"{relation}, of a question about {self.frame.relation or self.frame.kind}")
+        if self.frame.kind != "choice":
+            raise _NotUnderstood(f"{relation} than what")
         mine = [place for place in self.frame.about if self.same(place, subject)]
         others = [place for place in self.frame.about if place not in mine]
-        if len(mine) == len(others) == 1:
+        if len(mine) == len(others) == 1 and self.frame.relation == relation:
             self.relate(claims, subject, relation, others[0])
-        else:  # it names neither of the two
+        else:  # it names neither of the two, or answers another question
             claims.conditions.append(((), lambda: False))
 
     def identify(self, claims: _Claims, subject: int, other: int) -> None:
@@ -575,13 +576,18 @@ class _Reader:
         ):
             self.nearest(claims, subject, int(found[1]), int(found[2]) if found[2] else None)
             return text[found.end() :]
+        if (found := re.match(rf"between the other ({_NUMERAL})", text)) and self.frame.kind == "middle":
+            if _numeral(found[1]) != len(self.frame.about) - 1:
+                claims.conditions.append(((), lambda: False))
+            self.between_others(claims, subject)
+            return text[found.end() :]
         if found := re.match(r"between N(\d+) and N(\d+)", text):
             claims.add((subject, int(found[1]), int(found[2])), self.between)
             return text[found.end() :]
         if found := re.match(r"here|visible|there", text):
             return text[found.end() :]
         for pattern, relation in _COMPARATIVE:
-            if self.frame.kind == "choice" and self.frame.relation == relation and pattern.fullmatch(text):
+            if self.frame.kind == "choice" and pattern.fullmatch(text):
                 self.compare(claims, subject, relation)
                 return ""
         if found := _ATTRIBUTES.match(text):
@@ -651,6 +657,9 @@ class _Reader:
                 if re.search(rf"(?:{pattern.pattern}) N\d+$", text):
                     return _Frame(kind, about, relation)
             return _Frame("identity", about) if self.meant(about[0]).boxes is not None else _OPEN
+        if kind == "difference" and text.startswith("do "):
+            more = self.count(about[0]) > self.count(about[1])
+            return _Frame(kind, about, claims=_Claims([], [((), lambda: more)]))
         if kind == "outermost":
             way = re.search(r"(?:furthest|farthest) to the (left|right)", text)
             return _Frame(kind, about, f"{way[1]} of" if way else "")
@@ -725,7 +734,7 @@ class _Reader:
     def _clauses(self, text: str) -> bool | None:
         """Clauses with a verb each; the first one must be about what the question asks for."""
         true = True
-        for n, clause in enumerate(re.split(r" : | , since | , but (?=there|N)| , and (?=N\d+ (?:is|are) )", text)):
+        for n, clause in enumerate(_CLAUSES.split(text)):
             fragment = self._whole(clause) if n or clause != text else None
             if fragment is None:
                 self.bind(clause)
@@ -816,21 +825,46 @@ class _Reader:
         said = found.groupdict()
         if said.get("number") and _numeral(said["number"]) != self.count(mine[0]):
             return False
-        against = said.get("against")
-        return against is None or (self.alike(int(against), others[0]) and self.holds(_Claims([int(against)])))
-
-    def _difference(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
-        """Two numbers and their difference."""
-        said = [int(found["a"]), int(found["b"])]
-        return (
-            all(any(self.alike(place, wanted) for place in said) for wanted in about[:2])
-            and self.holds(_Claims(said))
-            and abs(self.count(said[0]) - self.count(said[1])) == _numeral(found["number"])
-            and (found.groupdict().get("more") is None or self._ahead(int(found["more"]), said))
+        numbered = [
+            (int(said[name]), to) for name, to in (("so_many", mine[0]), ("against", others[0])) if said.get(name)
+        ]
+        return all(
+            self.alike(place, to) and (self.meant(place).number is None or self.holds(_Claims([place])))
+            for place, to in numbered
         )
 
-    def _ahead(self, more: int, of: Sequence[int]) -> bool:
-        return all(self.alike(more, place) or self.count(more) > self.count(place) for place in of)
+    def _difference(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
+        """Two numbers, perhaps with their difference, perhaps with which is the greater one."""
+        said = [int(found["a"]), int(found["b"])]
+        more, number = (found.groupdict().get(name) for name in ("more", "number"))
+        return (
+            all(any(self.alike(place, wanted) for place in said) for wanted in about)
+            and self.holds(_Claims(said))
+            and (number is None or abs(self.count(said[0]) - self.count(said[1])) == _numeral(number))
+            and (more is None or self._most(int(more), said))
+        )
+
+    def _most(self, more: int, of: Sequence[int]) -> bool:
+        """Whether one of these is the one, and more numerous than the others."""
+        others = [place for place in of if not self.alike(more, place)]
+        return len(others) == len(of) - 1 and all(self.count(more) > self.count(place) for place in others)
+
+    def _only(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
+        places = int(found[1]), int(found[2])
+        return all(self.alike(place, about[0]) for place in places) and self.count(about[0]) == 1
+
+    def _several(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
+        one, counted = int(found[1]), int(found[2])
+        return (
+            self.alike(one, about[0])
+            and self.alike(counted, one)
+            and self.count(one) > 1
+            and self.holds(_Claims([counted]))
+        )
+
+    def _edge(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
+        options = self.options(about[0])
+        return self.same(int(found[1]), about[0]) and all(self.world.at(n, {found[2]}) for n in options[0])
 
     def _total(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
         said = [int(found["a"]), int(found["b"])]
@@ -847,15 +881,19 @@ class _Reader:
             self.relate(claims, a, "left of", b)
         return self.holds(claims) and all(any(self.same(place, wanted) for place in said) for wanted in about)
 
-    def _middle(self, about: tuple[int, ...], found: re.Match[str]) -> bool:
-        one = int(found[1])
-        self.it = one
-        others = [place for place in about if not self.same(place, one)]
+    def _middle(self, _: tuple[int, ...], found: re.Match[str]) -> bool:
+        self.it = int(found[1])
         claims = _Claims()
-        if len(others) != len(about) - 1 or len(others) != 2:
-            return False
-        claims.add((one, *others), self.between_across)
+        self.between_others(claims, self.it)
         return self.holds(claims)
+
+    def between_others(self, claims: _Claims, one: int) -> None:
+        """Claims that one of the three that the question names is between the others, from left to right."""
+        others = [place for place in self.frame.about if not self.same(place, one)]
+        if len(others) == len(self.frame.about) - 1 == 2:
+            claims.add((one, *others), self.between_across)
+        else:
+            claims.conditions.append(((), lambda: False))
 
     def between_across(self, xs: _Option, ys: _Option, zs: _Option) -> bool:
         """Whether one object stands between two others, from left to right."""
@@ -871,7 +909,7 @@ class _Reader:
         more, fewer = (left, len(there) - left) if found["side"] == "left" else (len(there) - left, left)
         said = found.groupdict()
         return (
-            found["side"] != found["other"]
+            found["side"] != found.groupdict().get("other")
             and self.alike(int(found["n"]), about[0])
             and self.count(int(found["n"])) == (self.meant(int(found["n"])).number or len(there))
             and more == (_numeral(said["more"]) if said.get("more") else len(there))
@@ -882,10 +920,10 @@ class _Reader:
 
 def _bare(skeleton: str) -> str:
     """Without words that claim nothing."""
-    text = re.sub(r"^(?:(?:well|so|also|in addition|besides|overall) ,? ?)+(?!is|are)", "", skeleton)
+    text = re.sub(r"^(?:(?:well|so|also|in addition|besides|overall)(?: ,)? )+(?!is|are)", "", skeleton)
     text = re.sub(rf"^in {_PICTURE} ,? ?", "", text)
     text = re.sub(r"^there (is|are) also ", r"there \1 ", text)
-    text = re.sub(rf"(?<! from)(?: ,)?(?: in {_PICTURE}| as well| too)$", "", text)
+    text = re.sub(rf"(?<! from)(?: ,)?(?:(?: anywhere)? in {_PICTURE}| as well| too)$", "", text)
     return text.strip(" ,:;")
 
 
@@ -918,69 +956,84 @@ _N = r"(N\d+)"
 _QUESTIONS = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
-        (rf"how many {_N} and {_N} are there altogether", "total"),
+        (rf"how many {_N} and {_N} (?:are there altogether|does {_PICTURE} show in all)", "total"),
         (rf"if you count {_N} and {_N} together", "total"),
         (rf"what do {_N} and {_N} add up to", "total"),
-        (rf"by how many do {_N} outnumber {_N}", "difference"),
+        (rf"do {_N} outnumber {_N}", "difference"),
         (rf"more {_N} or more {_N} , and by how many", "difference"),
         (rf"which are there more of , {_N} or {_N} explain", "difference"),
         (rf"more {_N} or more {_N}|there more of , {_N} or {_N}|more numerous\b.* {_N} or {_N}", "more"),
         (rf"(?:how many|count|number of) {_N}$", "count"),
         (rf"how many {_N} (?:are|is|can|do)", "count"),
-        (rf"(?:what|which) (?:is the )?colou?r\b.* {_N}", "colour"),
+        (rf"\bcolou?r\b.* {_N}", "colour"),
         (rf"(?:in which order do|put) ({_LIST}) (?:follow|in order)", "order"),
         (rf"in what order .* ({_LIST})$", "order"),
         (rf"of ({_LIST}) , which is in the middle", "middle"),
         (rf"between the other two .*: ({_LIST})$", "middle"),
-        (rf"(?:are most of|are there more) {_N} (?:in the left|, and how)|on which side .* more {_N}", "halves"),
+        (rf"(?:are most of|are there more) {_N} (?:in the left|, and how)|(?:side|half) .* more {_N}", "halves"),
+        (rf"is there (?:more than )?{_N} .*(?:explain|or are there more|how do you know)", "only"),
+        (rf"(?:is|are) {_N} nearer to the left or to the right edge", "edge"),
         (rf"{_N} (?:that )?is (?:furthest|farthest) to the (?:left|right)$", "outermost"),
         (rf"(?:which|what) .*{_N} or {_N}", "choice"),
         (rf"compare how large {_N} and {_N} appear", "choice"),
         (rf"{_N} (?:in relation|placed relative|relative|compared) to {_N}", "where"),
         (rf"on which side of {_N} (?:is|are) {_N}", "side of"),
-        (rf"(?:which part|whereabouts|which side|where in|where on)\b.* {_N}", "where"),
+        (rf"(?:which part|whereabouts|which side|where in|where on|where would you look)\b.* {_N}", "where"),
         (
             rf"^(?:where (?:is|are)|locate|point (?:out|to|at)|show me|find|mark|can you find) {_N}(?: please .*)?$",
             "find",
         ),
-        (rf"^(?:name )?what\b.* {_N}$", "what"),
+        (rf"^(?:name )?what\b.* {_N}(?: of {_PICTURE}| here)?$", "what"),
     )
 )
 """What a question asks for, with the phrases that it asks about."""
 
 _HERE = r"(?:here(?: (?:is|are))? : |(?:it|they) (?:is|are) )?"
 _HALF = r"in the (?P<side>left|right) half"
-_OTHER = r"in the (?P<other>left|right) half"
+_OTHER = r"in the (?P<other>left|right|other) half"
+_SHARES = rf"(?P<more>{_NUMERAL}) are there ,? ?and (?:just )?(?P<fewer>{_NUMERAL}) (?:is|are) {_OTHER}"
 _TWO = r"N(?P<a>\d+) and N(?P<b>\d+)"
 _SO_MANY = rf"(?P<number>{_NUMERAL})"
 _WHOLE: tuple[tuple[str, re.Pattern[str], Callable[[_Reader, tuple[int, ...], re.Match[str]], bool]], ...] = tuple(
     (kinds, re.compile(pattern), rule)
     for kinds, pattern, rule in (
-        ("count|yes or no", rf"(?:only |just |exactly )?({_NUMERAL})", _Reader._number),
+        ("count|yes or no", rf"(?:only |just |exactly )?({_NUMERAL})(?: of N\d+)?", _Reader._number),
         ("colour", rf"({_ATTRIBUTES.pattern})", _Reader._coloured),
         ("where", r"((?:to|on|at|in|above|below|near|left|right|under)\b.*)", _Reader._placed),
         ("choice", r"N(\d+)", _Reader._chosen),
-        ("identity", r"(?:it is |this is )?N(\d+)", _Reader._named),
+        ("identity", r"(?:(?:this|that|there) is |N\d+ is )?N(\d+)", _Reader._named),
         ("find", rf"{_HERE}{_ALL}(?: (?:is|are) here| can be seen)?", _Reader._located),
         ("find", rf"there are {_ALL}", _Reader._located),
         ("find", rf"there are N(?P<n>\d+) : {_ALL}", _Reader._located),
-        ("what", r"(?:it is )?N(\d+)", _Reader._what),
+        ("what", r"(?:(?:that|there) is |N\d+ is )?N(\d+)", _Reader._what),
         ("outermost", r"(?:(?:it|N\d+) is )?N(\d+)(?: is here)?", _Reader._outermost),
         ("more", rf"there are more N(?P<more>\d+) : {_SO_MANY} , against N(?P<against>\d+)", _Reader._more),
+        ("more", r"there are more N(?P<more>\d+) , N(?P<so_many>\d+) against N(?P<against>\d+)", _Reader._more),
         ("more", r"there are more N(?P<more>\d+) than N(?P<against>\d+)", _Reader._more),
         ("more|difference", r"(?:there are more |more )?N(?P<more>\d+)", _Reader._more),
-        ("difference", rf"i count {_TWO} , a difference of {_SO_MANY}", _Reader._difference),
+        (
+            "difference",
+            rf"(?:there are more N(?P<more>\d+) : )?i count {_TWO} , a difference of {_SO_MANY}",
+            _Reader._difference,
+        ),
         ("difference", rf"with {_TWO} , N(?P<more>\d+) are ahead by {_SO_MANY}", _Reader._difference),
+        (
+            "difference",
+            r"N(?P<more>\d+) outnumber N\d+ , since there are N(?P<a>\d+) but (?:only )?N(?P<b>\d+)",
+            _Reader._difference,
+        ),
+        ("difference", rf"there (?:is|are) {_TWO} , so there are more N(?P<more>\d+)", _Reader._difference),
         ("total", rf"there (?:is|are) {_TWO} , which makes {_SO_MANY} altogether", _Reader._total),
         ("total", rf"{_SO_MANY} in all(?: :| , since there (?:is|are)) {_TWO}", _Reader._total),
+        ("total", rf"i count {_TWO} , so together there are {_SO_MANY}", _Reader._total),
+        ("only", r"there is N(\d+) : no other N(\d+) can be seen", _Reader._only),
+        ("only", r"there is more than N(\d+) , since i count N(\d+)(?: in the picture)?", _Reader._several),
+        ("edge", r"N(\d+) (?:is|are) nearer to the (left|right) edge", _Reader._edge),
+        ("order", r"the order is N(\d+) , N(\d+) , N(\d+)", _Reader._sequence),
         ("order", r"first N(\d+) , then N(\d+) , and last N(\d+)", _Reader._sequence),
         ("middle", r"N(\d+)", _Reader._middle),
-        ("halves", rf"{_HALF} : N(?P<n>\d+) are there , and none is {_OTHER}", _Reader._halves),
-        (
-            "halves",
-            rf"{_HALF} : of N(?P<n>\d+) , (?P<more>{_NUMERAL}) are there and (?P<fewer>{_NUMERAL}) (?:is|are) {_OTHER}",
-            _Reader._halves,
-        ),
+        ("halves", rf"{_HALF} : N(?P<n>\d+) are there(?: , and none is {_OTHER})?", _Reader._halves),
+        ("halves", rf"{_HALF} : of N(?P<n>\d+) , {_SHARES}", _Reader._halves),
     )
 )
 """Answers without a verb of their own, and special ones, by the kind of question."""
