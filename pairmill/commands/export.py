@@ -17,7 +17,14 @@ class ExportFormat(str, Enum):
 
     WEBDATASET = "webdataset"
     PARQUET = "parquet"
+    HF = "hf"
     LLAVA = "llava"
+    SHAREGPT = "sharegpt"
+    QWEN_VL = "qwen-vl"
+    MINIGPT4 = "minigpt4"
+    INSTRUCTBLIP = "instructblip"
+    COCO = "coco"
+    BLIP = "blip"
 
 
 class ImagePlace(str, Enum):

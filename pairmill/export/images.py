@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,37 +59,46 @@ class Image:
 
 
 class Images:
-    """The images of a group while they are written."""
+    """The images of a group while they are written.
 
-    def __init__(self) -> None:
+    Args:
+        ending: Of all image files; null: that of the image's format.
+    """
+
+    def __init__(self, ending: str | None = None) -> None:
+        self._ending = ending
         self.written: list[Written] = []
         """Files that stand beside the main one; known when all images are there."""
 
     def add(self, row: dict[str, Any], image: pa.Buffer | None) -> str:  # noqa: ARG002 (nowhere to put it)
         """Write the image of a metadata row; what annotations call it."""
-        return file_name(row)
+        return self._name(row)
 
-
-def file_name(row: dict[str, Any]) -> str:
-    """The name of a metadata row's image: key and ending."""
-    return f"{row['key']}.{ENDINGS[row['format']]}"
-
-
-@contextlib.contextmanager
-def writing(folder: Folder, number: int, where: str | None) -> Iterator[Images]:
-    """Write the images of a group as files (``files``), as a tar (``shards``) or not at all."""
-    how: dict[str | None, Callable[[Folder, int], contextlib.AbstractContextManager[Images]]]
-    how = {"files": _as_files, "shards": _as_tar}
-    with how[where](folder, number) if where in how else contextlib.nullcontext(Images()) as images:
-        yield images
+    def _name(self, row: dict[str, Any]) -> str:
+        """The name of a metadata row's image: key and ending."""
+        return f"{row['key']}.{self._ending or ENDINGS[row['format']]}"
 
 
 @contextlib.contextmanager
-def _as_files(folder: Folder, number: int) -> Iterator[Images]:
+def writing(folder: Folder, number: int, where: str | None, ending: str | None = None) -> Iterator[Images]:
+    """Write the images of a group as files (``files``), as a tar (``shards``) or not at all; `ending` is that of all
+    image files, where it is not that of the image's format."""
+    if where == "files":
+        with _as_files(folder, number, ending) as images:
+            yield images
+    elif where == "shards":
+        with _as_tar(folder, number) as images:
+            yield images
+    else:
+        yield Images(ending)
+
+
+@contextlib.contextmanager
+def _as_files(folder: Folder, number: int, ending: str | None) -> Iterator[Images]:
     clear(folder, number)
     inside = folder_name(number)
     folder.make(inside)
-    images = _Files(folder, inside)
+    images = _Files(folder, inside, ending)
     yield images
     folder.settle_files(f"{inside}/{image.name}" for image in images.there)
     folder.settle(inside)
@@ -98,14 +107,14 @@ def _as_files(folder: Folder, number: int) -> Iterator[Images]:
 
 
 class _Files(Images):
-    def __init__(self, folder: Folder, inside: str) -> None:
-        super().__init__()
+    def __init__(self, folder: Folder, inside: str, ending: str | None) -> None:
+        super().__init__(ending)
         self._folder = folder
         self._inside = inside
         self.there: list[Image] = []
 
     def add(self, row: dict[str, Any], image: pa.Buffer | None) -> str:
-        name = file_name(row)
+        name = self._name(row)
         assert image is not None and _NAME.fullmatch(name), name
         with self._folder.create(f"{self._inside}/{name}", settled=False) as sink:
             sink.write(image)
@@ -132,7 +141,7 @@ class _Tar(Images):
     def add(self, row: dict[str, Any], image: pa.Buffer | None) -> str:
         assert image is not None
         tar.add_sample(self._archive, {name: row[name] for name in row if name != "conversations"}, image)
-        return file_name(row)
+        return self._name(row)
 
 
 def write_list(folder: Folder, number: int, images: Collection[Image]) -> Written:

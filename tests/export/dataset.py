@@ -63,6 +63,11 @@ class Pair:
         return uid(self.url, self.text or "")
 
     @property
+    def mark(self) -> str:
+        """What its conversations say and no other's."""
+        return f"mark-{self.number:04d}"
+
+    @property
     def image(self) -> bytes | None:
         if self.format is None:
             return None
@@ -77,16 +82,19 @@ class Pair:
 
 
 def instructed(pair: Pair) -> Pair:
-    """The same pair with conversations: several turns, a detail that could not be written, and one with boxes."""
-    n, (width, height) = pair.number, pair.size
-    talk = [Turn("user", f"What is picture {n}?"), Turn("assistant", f"It is [the thing](box:0) of {n}, schön.")]
+    """The same pair with a conversation of each kind; of odd pairs the detail could not be written."""
+    (width, height), mark = pair.size, pair.mark
+    talk = [Turn("user", "What is this?"), Turn("assistant", f"It is [the thing](box:0) {mark}, schön.")]
     more = [Turn("user", "And where?"), Turn("assistant", "To the left.")]
     box = Box("thing", 1.25, 2.5, width / 2, height - 0.75, 0.5, "human")
     other = Box("thing", width / 2, 0, width, height, None, "human")
-    asked = [Turn("user", "What is at [](box:1)?"), Turn("assistant", "[Two things](box:0,1).")]
+    asked = [Turn("user", "What is at [](box:1)?"), Turn("assistant", f"[Two things](box:0,1), {mark}.")]
+    long = [Turn("user", "Describe it."), Turn("assistant", f"Two things, {mark}.")]
+    detail = Instruction("detail", writer="offline", reason="check.length", detail=f"too short: {mark}")
     written = (
         Instruction("conversation", (*talk, *more), (box,), "offline"),
-        Instruction("detail", writer="offline", reason="check.length", detail="too short"),
+        detail if pair.number % 2 else Instruction("detail", tuple(long), (), "offline"),
+        Instruction("complex", (Turn("user", "Why?"), Turn("assistant", f"Because of {mark}.")), (), "offline"),
         Instruction("grounding", tuple(asked), (box, other), "offline"),
     )
     return Pair(**{**vars(pair), "instructions": written})

@@ -19,6 +19,8 @@ from pairmill.export.folder import Folder, Written
 from pairmill.export.format import Format, Options, Whole
 from pairmill.export.metadata import write_metadata
 from pairmill.export.selection import Group, Selection, as_json, without_images
+from pairmill.instructions import KINDS
+from schemas.config import InstructKind
 
 Annotate = Callable[[dict[str, Any], str, Options], Iterable[dict[str, Any]]]
 """From a pair's metadata row as JSON values (``uid``, ``key``, ``width``, ``height``, ``caption``, ``texts``,
@@ -32,6 +34,9 @@ def annotation_format(
     wholes: tuple[Whole, ...],
     defaults: Options,
     columns: tuple[str, ...] = (),
+    *,
+    kinds: tuple[InstructKind, ...] = KINDS,
+    ending: str | None = None,
 ) -> Format:
     """A format of annotations.
 
@@ -43,6 +48,8 @@ def annotation_format(
         defaults: Its options. With ``images`` as ``files`` an image is called by its path in the export, else by its
             file name alone.
         columns: Columns of the store that `annotate` needs besides the metadata.
+        kinds: Kinds of conversations that it can hold.
+        ending: Of all image files, for readers that know one ending alone; null: that of the image's format.
     """
 
     def write(
@@ -50,7 +57,7 @@ def annotation_format(
     ) -> list[Written]:
         main = f"{group.number:05d}.jsonl"
         stored = selection.images(metadata) if options.images in ("files", "shards") else without_images(metadata)
-        with images.writing(folder, group.number, options.images) as beside, folder.create(main) as sink:
+        with images.writing(folder, group.number, options.images, ending) as beside, folder.create(main) as sink:
             for rows, files in stored:
                 for row, file in zip(as_json(rows), files, strict=True):
                     for record in annotate(row, beside.add(row, file), options):
@@ -58,4 +65,4 @@ def annotation_format(
         own = [name for name in metadata.column_names if name not in ("conversations", *columns)]
         return [sink.written(main), write_metadata(folder, group.number, metadata.select(own)), *beside.written]
 
-    return Format(name, told, ".jsonl", write, wholes, defaults, columns)
+    return Format(name, told, ".jsonl", write, wholes, defaults, kinds, columns)

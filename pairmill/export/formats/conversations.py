@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pairmill.boxes import Box
@@ -11,6 +11,9 @@ from pairmill.errors import StoreError
 from pairmill.export.dialects import DIALECTS, Frame
 from pairmill.export.format import Options
 from pairmill.instructions import Mention, Turn, instruction_id, parts
+
+IMAGE = "<image>"
+"""What stands for the image in LLaVA's texts and in those of many others."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,15 @@ def conversations_of(row: dict[str, Any], options: Options) -> Iterator[Conversa
             shown,
             dialect.frame(width, height) if shown else None,
         )
+
+
+def spoken(conversation: Conversation, image: str, user: str, assistant: str) -> list[dict[str, str]]:
+    """The turns as ``from`` and ``value``, what stands for the image before the first."""
+    speakers = {"user": user, "assistant": assistant}
+    turns = [{"from": speakers[turn.role], "value": turn.content} for turn in conversation.turns]
+    return [{**turns[0], "value": f"{image}{turns[0]['value']}"}, *turns[1:]]
+
+
+def with_frame(record: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+    """The record; where its boxes are relative to something else than the image, it says to what in ``frame``."""
+    return {**record, "frame": asdict(conversation.frame)} if conversation.frame else record

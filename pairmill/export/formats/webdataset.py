@@ -8,6 +8,9 @@
 
 The .txt, and ``caption`` in .json, is the pair's first text; ``texts`` in .json are all kept ones by rank, with source
 and scores, for trainers that draw one a step. Texts that are not kept are not exported.
+
+With kinds of conversations asked for, ``conversations`` in .json are those of the pair (`CONVERSATIONS` of
+`pairmill.export.formats.rendered` says what is in one); without, nothing of them is there.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import pyarrow as pa
 from pairmill.export import tar
 from pairmill.export.folder import Folder, Written
 from pairmill.export.format import Format, Options
+from pairmill.export.formats.rendered import with_conversations
 from pairmill.export.metadata import write_metadata
 from pairmill.export.selection import Group, Selection, as_json
 
 
-def _write(selection: Selection, group: Group, metadata: pa.Table, folder: Folder, options: Options) -> list[Written]:  # noqa: ARG001
+def _write(selection: Selection, group: Group, metadata: pa.Table, folder: Folder, options: Options) -> list[Written]:
+    metadata = with_conversations(metadata, options)
     name = f"{group.number:05d}"
     with folder.create(f"{name}.tar") as archive:
         for rows, images in selection.images(metadata):
@@ -31,4 +36,10 @@ def _write(selection: Selection, group: Group, metadata: pa.Table, folder: Folde
     return [archive.written(f"{name}.tar"), write_metadata(folder, group.number, metadata)]
 
 
-WEBDATASET = Format("webdataset", "tar files that webdataset, open_clip and img2dataset's users read", ".tar", _write)
+WEBDATASET = Format(
+    "webdataset",
+    "tar files that webdataset, open_clip and img2dataset's users read",
+    ".tar",
+    _write,
+    defaults=Options(kinds=(), boxes="plain"),
+)
