@@ -276,12 +276,16 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """How a table's files are written: image bytes plain (they are compressed already), the rest zstd. Each page has a
     checksum, which our readers check: without it, nine of ten flipped bits were read as other values
     (benchmarks/page_checksums.py says what it costs)."""
-    bulky = [f.name for f in schema if pa.types.is_binary(f.type)]
+    bulky = [f.name for f in schema if _holds_bytes(f.type)]
     if bulky:
         slim = [f.name for f in schema if f.name not in bulky and not pa.types.is_nested(f.type)]
         plain = {"compression": "none", "use_dictionary": False, "write_statistics": slim}
         return {**plain, "write_page_checksum": True}
     return {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or (pa.types.is_struct(kind) and any(_holds_bytes(f.type) for f in kind))
 
 
 def existing_file(dataset: Dataset, table: str, shard: int, name: str) -> DataFile | None:
