@@ -11,7 +11,7 @@ import pyarrow as pa
 from pairmill.errors import ConfigError
 from pairmill.export import jsonl
 from pairmill.export.dialects import DIALECTS
-from pairmill.export.folder import Folder, Written
+from pairmill.export.folder import Folder, Sink, Written
 from pairmill.export.selection import Group, Selection
 from pairmill.instructions import KINDS
 from schemas.config import InstructKind
@@ -89,6 +89,8 @@ class Format:
     wholes: tuple[Whole, ...] = ()
     defaults: Options = Options()
     """Options that it takes, with what holds where they are not given; null: it does not take this one."""
+    kinds: tuple[InstructKind, ...] = KINDS
+    """Kinds of conversations that it can hold."""
     columns: tuple[str, ...] = ()
     """Columns of the store that it needs besides `pairmill.export.selection.Selection.metadata`; null where the recipe
     does not write them."""
@@ -117,6 +119,8 @@ class Format:
 
     def _kinds(self, given: Options, chosen: Options) -> tuple[InstructKind, ...]:
         kinds = tuple(kind for kind in KINDS if kind in (chosen.kinds or ()))
+        if strange := [kind for kind in kinds if kind not in self.kinds]:
+            raise ConfigError(f"kinds: exports as {self.name} hold {', '.join(self.kinds)} alone, not {strange[0]}")
         if chosen.boxes is None or DIALECTS[chosen.boxes].shows_boxes or "grounding" not in kinds:
             return kinds
         if given.kinds is not None:
@@ -137,11 +141,17 @@ def json_list(name: str) -> Whole:
 
     def write(folder: Folder, parts: Parts) -> Written:
         with folder.create(name) as sink:
-            before = b"["
-            for line in parts.lines():
-                sink.write(before + b"\n" + line)
-                before = b","
-            sink.write(b"[]\n" if before == b"[" else b"\n]\n")
+            write_list(sink, parts.lines())
+            sink.write(b"\n")
         return sink.written(name)
 
     return Whole(name, write)
+
+
+def write_list(sink: Sink, items: Iterable[bytes]) -> None:
+    """Write a JSON list of items that are JSON already, one a line."""
+    before = b"["
+    for item in items:
+        sink.write(before + b"\n" + item)
+        before = b","
+    sink.write(b"[]" if before == b"[" else b"\n]")
