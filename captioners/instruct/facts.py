@@ -16,8 +16,9 @@
 - **Larger in the picture**: twice the box area. **More**: both are counts.
 - **Yes**: there is a box, or two texts (or the only one) name it. **No**: the label was looked for in every image
   (`Context.labels`), has no box, is not crowded, and no text has a word for it or near it.
-- **What a text says** is taken from texts that `sentence` could clean, that agree with the counts, and that name no
-  looked-for label which has no box unless another text does so too.
+- **What a text says** is taken from texts that `sentence` could clean, that agree with the counts, that give nothing a
+  colour which another text gives another one, and that name no looked-for label which has no box, unless another text
+  does so too and no like thing has a box (a "chair" that is a couch).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 
 from captioners.instruct import nouns
@@ -83,6 +85,8 @@ class Text:
     mentions: tuple[Mention, ...]
     said: str | None
     """As a sentence; null where it cannot be made one safely."""
+    spans: tuple[tuple[int, int], ...] | None
+    """Where each token is in `said`; null where the two differ by more than case and their ends."""
 
 
 @dataclass
@@ -288,7 +292,18 @@ def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
         mentions.append(_mention(index, low, last, at, end, form))
         at = last = end
     grammatical = not any(_one_for_many(low, mention) for mention in mentions)
-    return Text(tokens, low, tuple(mentions), sentence(text, tokens, low) if grammatical else None)
+    said = sentence(text, tokens, low) if grammatical else None
+    return Text(tokens, low, tuple(mentions), said, None if said is None else _spans(said, low))
+
+
+def _spans(said: str, low: tuple[str, ...]) -> tuple[tuple[int, int], ...] | None:
+    found = [(match[0].lower(), match.span()) for match in TOKEN.finditer(said)]
+    length = len(low)
+    while length and not low[length - 1][0].isalnum():
+        length -= 1
+    if tuple(word for word, _ in found[:length]) != low[:length]:
+        return None
+    return tuple(span for _, span in found)
 
 
 def _one_for_many(low: Sequence[str], mention: Mention) -> bool:
@@ -506,6 +521,17 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
                 if mention.head and mention.form.key in looked_for and mention.form.key not in things
             }
         )
+    doubted = {
+        key
+        for key, times in unboxed.items()
+        if times == 1 or any(key in alike and not alike.isdisjoint(things) for alike in nouns.CLASSES)
+    }
+    contested = [
+        mention
+        for thing in things.values()
+        if len({found for mention in thing.mentions if (found := _colours(mention))}) > 1 and not thing.several
+        for mention in thing.mentions
+    ]
     genders = [(not nouns.MALE.isdisjoint(text.low), not nouns.FEMALE.isdisjoint(text.low)) for text in texts]
     males, females = genders.count((True, False)), genders.count((False, True))
     both = genders.count((True, True))
@@ -517,10 +543,10 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
         if text.said is None:
             continue
         if any(
-            unboxed[mention.form.key] == 1
-            for mention in text.mentions
-            if mention.head and mention.form.key in unboxed and mention.form.key not in things
+            mention.head and mention.form.key in doubted and mention.form.key not in things for mention in text.mentions
         ):
+            continue
+        if any(mention.text == place and _colours(mention) for mention in contested):
             continue
         if males and females and not both:
             male = genders[place] == (True, False)
@@ -544,17 +570,28 @@ def _absent(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -
         return ()
     kinds = nouns.lexicon()
     words = {word for text in texts for word in text.low}
-    pairs = {f"{a} {b}" for text in texts for a, b in pairwise(text.low)}
-    known = {kinds.keys.get(key.lower(), key) for key in things}
+    words.update(f"{a} {b}" for text in texts for a, b in pairwise(text.low))
+    there = {kinds.keys.get(key.lower(), key) for key in (*things, *context.crowded)}
+    for word in words:
+        there |= kinds.near.get(word, _NOTHING)
+    return tuple(
+        label
+        for label, key, heads in _looked_for(context.labels)
+        if key not in there and label not in things and label not in context.crowded and heads.isdisjoint(words)
+    )
+
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+@lru_cache(maxsize=64)
+def _looked_for(labels: tuple[str, ...]) -> tuple[tuple[str, str, frozenset[str]], ...]:
+    """Each label, its key, and the words of its noun, where it is none of COCO's."""
+    kinds = nouns.lexicon()
     found = []
-    for label in context.labels:
+    for label in labels:
         key = kinds.keys.get(label.lower(), label)
-        if label in things or key in known or label in context.crowded or key in context.crowded:
-            continue
-        near = kinds.near.get(key)
-        if near is None:
-            parts = nouns.described(label)
-            near = frozenset((parts.head, nouns.plural(parts.head), *parts.head.split()))
-        if near.isdisjoint(words) and near.isdisjoint(pairs):
-            found.append(label)
+        head = nouns.described(label).head
+        known = key in nouns.COCO
+        found.append((label, key, _NOTHING if known else frozenset((head, nouns.plural(head), *head.split()))))
     return tuple(found)

@@ -201,7 +201,7 @@ _NEAR: Mapping[str, str] = {
     "motorcycle": "scooter moped vehicle cycle",
     "airplane": "wing airport",
     "bus": "vehicle trolley coach",
-    "train": "subway tram trolley locomotive railway engine rail",
+    "train": "metro subway tram trolley locomotive railway engine rail",
     "truck": "vehicle pickup lorry van trailer suv",
     "car": "vehicle traffic bug truck volkswagen vw bus",
     "boat": "vessel carrier ferry yacht raft vehicle sail",
@@ -278,6 +278,8 @@ _NEAR: Mapping[str, str] = {
     "toothbrush": "brush teeth",
 }  # fmt: skip
 
+COCO: frozenset[str] = frozenset(_SAME)
+"""Its 80 labels."""
 CLOTHES: frozenset[str] = words_of(
     """shirt jacket hat helmet dress coat uniform suit cap sweater scarf t-shirt hoodie vest skirt apron"""
 )
@@ -327,7 +329,7 @@ class Lexicon:
     keys: Mapping[str, str]
     """The key of each singular or plural that means the same."""
     near: Mapping[str, frozenset[str]]
-    """The words, singular and plural, each alone enough to keep a key from being denied."""
+    """Of each word, or two words, singular or plural: the labels that may not be denied where a text has it."""
 
 
 @lru_cache(maxsize=1)
@@ -347,6 +349,13 @@ def lexicon() -> Lexicon:
                 Form(words, word, key, form == many.lower() and (form != word or word in PAIRS), True)
             )
 
+    for label, listed in _SAME.items():
+        add(label, label)
+        for word in _words(listed):
+            add(word, label)
+    for word in sorted(OBJECTS | CLOTHES | ROOMS | {place.replace("/", " ") for place in OUTDOORS}):
+        if word not in keys:
+            add(word, word)
     book = vocabulary()
     for word, name in book.names.items():
         if name.plural or name.homograph or name.free or word in keys:
@@ -356,19 +365,13 @@ def lexicon() -> Lexicon:
             add(word, "person")
         elif "person" not in kinds:
             add(word, word)
-    near: dict[str, frozenset[str]] = {}
-    for label, listed in _SAME.items():
-        add(label, label)
-        for word in _words(listed):
-            add(word, label)
-    for word in sorted(OBJECTS | CLOTHES | ROOMS | {place.replace("/", " ") for place in OUTDOORS}):
-        if word not in keys:
-            add(word, word)
+    near: dict[str, set[str]] = {}
     for label, listed in _NEAR.items():
-        alike = [*_words(_SAME[label]), *_words(listed), label]
-        near[label] = frozenset(form for word in alike for form in (word.lower(), plural(word).lower()))
+        for word in (*_words(_SAME[label]), *_words(listed), label):
+            for form in (word.lower(), plural(word).lower()):
+                near.setdefault(form, set()).add(label)
     ordered = {first: tuple(sorted(found, key=lambda form: -len(form.words))) for first, found in forms.items()}
-    return Lexicon(ordered, keys, near)
+    return Lexicon(ordered, keys, {form: frozenset(found) for form, found in near.items()})
 
 
 @lru_cache(maxsize=4096)

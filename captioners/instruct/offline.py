@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 from captioners.instruct import facts as evidence
@@ -20,7 +20,7 @@ from captioners.instruct.facts import Facts, Thing, above, in_column, left_of
 from captioners.instruct.nouns import words_of
 from captioners.instruct.phrases import Choices, capital, listed, number
 from pairmill.boxes import Box
-from pairmill.instructions import Context, Instruction, Task, Turn, render
+from pairmill.instructions import Instruction, Task, Turn, render
 from pairmill.instructions import Mention as MentionOfBoxes
 from pairmill.stage import Resources
 from schemas.config import InstructKind, RunConfig
@@ -62,13 +62,12 @@ class OfflineWriter:
         seed = self.seed
 
         def write(tasks: Sequence[Task]) -> list[Instruction]:
-            last: Context | None = None
-            known: Facts | None = None
+            composer: _Composer | None = None
             written = []
             for task in tasks:
-                if known is None or task.context is not last:
-                    last, known = task.context, evidence.read(task.context)
-                written.append(compose(known, task.kind, seed))
+                if composer is None or composer.context is not task.context:
+                    composer = _Composer(evidence.read(task.context))
+                written.append(composer.write(task.kind, seed))
             return written
 
         return write
@@ -76,18 +75,7 @@ class OfflineWriter:
 
 def compose(facts: Facts, kind: InstructKind, seed: int = 0) -> Instruction:
     """One conversation of a kind, or why there is none."""
-    composer = _Composer(facts, Choices(seed, facts.context.uid, kind))
-    pairs = {
-        "conversation": composer.conversation,
-        "detail": composer.detail,
-        "complex": composer.complex,
-        "grounding": composer.grounding,
-    }[kind]()
-    if isinstance(pairs, str):
-        return Instruction(kind, writer=OFFLINE, reason=Reason.WRITER_NOTHING_TO_SAY.value, detail=pairs)
-    turns = [turn for asked, answered in pairs for turn in (Turn("user", asked), Turn("assistant", answered))]
-    turns, boxes = _renumbered(turns, facts.context.boxes)
-    return Instruction(kind, tuple(turns), boxes, OFFLINE)
+    return _Composer(facts).write(kind, seed)
 
 
 def _renumbered(turns: Sequence[Turn], boxes: Sequence[Box]) -> tuple[list[Turn], tuple[Box, ...]]:
@@ -137,6 +125,8 @@ _OPPOSITE = {
     "above": "below",
     "below": "above",
 }
+_DETAIL_WORDS = 13
+"""Fewest words of a long description."""
 _PAIRED = frozenset({"relation", "choice", "verify"})
 """Topics of which one conversation asks one for the same two things."""
 Pair = tuple[str, str]
@@ -156,13 +146,28 @@ class _Idea:
 class _Composer:
     """Composes from the facts of one image."""
 
-    def __init__(self, facts: Facts, choices: Choices) -> None:
+    def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.choices = choices
+        self.choices = Choices()
         self.context = facts.context
         self.boxed = facts.boxed()
         self.names = names(facts)
         self.soles = [thing for thing in self.boxed if thing.sole and thing.key in self.names]
+
+    def write(self, kind: InstructKind, seed: int) -> Instruction:
+        """One conversation of a kind, or why there is none."""
+        self.choices = Choices(seed, self.context.uid, kind)
+        pairs = {
+            "conversation": self.conversation,
+            "detail": self.detail,
+            "complex": self.complex,
+            "grounding": self.grounding,
+        }[kind]()
+        if isinstance(pairs, str):
+            return Instruction(kind, writer=OFFLINE, reason=Reason.WRITER_NOTHING_TO_SAY.value, detail=pairs)
+        turns = [turn for asked, answered in pairs for turn in (Turn("user", asked), Turn("assistant", answered))]
+        turns, boxes = _renumbered(turns, self.context.boxes)
+        return Instruction(kind, tuple(turns), boxes, OFFLINE)
 
     # -- words for things ----------------------------------------------------------------------------------------------
 
@@ -228,7 +233,7 @@ class _Composer:
             if thing.count is not None and thing.count > 1:
                 yield _Idea("count", key, partial(self.ask_count, thing))
             if thing.sole:
-                if thing.colour and not (thing.key == "person" or thing.colour_in_label) and self.worn_by_one(thing):
+                if thing.colour and not thing.colour_in_label and self.has_colour(thing):
                     yield _Idea("color", key, partial(self.ask_colour, thing))
                 if thing.material and thing.key not in nouns.ROOMS and thing.key not in nouns.OUTDOORS:
                     yield _Idea("material", key, partial(self.ask_material, thing))
@@ -248,7 +253,7 @@ class _Composer:
         for a, b in self.counts():
             yield _Idea("more", (a.key, b.key), partial(self.ask_more, a, b))
         place = self.place()
-        if place is not None:
+        if place in nouns.ROOMS or place in _PLACES:
             yield _Idea("place", (place,), partial(self.ask_place, place))
 
     def pairs(self) -> list[tuple[Thing, Thing]]:
@@ -266,10 +271,13 @@ class _Composer:
             if (a.count or 0) > (b.count or 0) and (a.count or 0) > 1 and (_alike(a, b) or (b.count or 0) > 1)
         ]
 
-    def worn_by_one(self, thing: Thing) -> bool:
-        """Whether "the shirt" can be only one: clothes of the one person."""
+    def has_colour(self, thing: Thing) -> bool:
+        """Whether one would ask for its colour: no person, no part of one; clothes only of the one person, so that
+        "the shirt" can be only one."""
         person = self.facts.things.get("person")
-        return thing.key not in nouns.CLOTHES or (person is not None and person.sole)
+        if thing.key in nouns.CLOTHES:
+            return person is not None and person.sole
+        return thing.key != "person" and (bool(thing.boxes) or nouns.askable(thing.key))
 
     def relation(self, a: Thing, b: Thing) -> str | None:
         """How the first is placed to the second; null where that is not plain."""
@@ -287,7 +295,7 @@ class _Composer:
         return None
 
     def place(self) -> str | None:
-        """The room or the place outdoors that texts agree on."""
+        """The room, or what shows that it is outdoors, that texts agree on."""
         if any(not nouns.UNREAL.isdisjoint(text.low) for text in self.facts.texts):
             return None
         things = self.facts.things
@@ -406,6 +414,9 @@ class _Composer:
                 "Yes, there are {many} in the picture.",
             )
             return self.ask(phrases.PRESENT_MANY, answers, many=many, number=number(thing.count))
+        if thing.noun.one in nouns.MASS:
+            questions = ("Is there any {one} in the picture?", "Can you see any {one}?")
+            return self.ask(questions, ("Yes, there is {one} in the picture.", "Yes, there is."), one=thing.noun.one)
         if thing.several:
             return self.ask(phrases.PRESENT_MANY, ("Yes, there are {many} in the picture.", "Yes."), many=many)
         a = self.a(thing)
@@ -510,7 +521,7 @@ class _Composer:
         said: list[str] = []
         known: set[str] = set()
         content: set[str] = set()
-        postures: dict[str, str] = {}
+        postures: set[str] = set()
         for bare in (False, True):
             for place in facts.order:
                 text = facts.texts[place]
@@ -519,13 +530,15 @@ class _Composer:
                 held = telling.posture(text)
                 if len(said) == 3 or (said and (bare or len(new) < 3 or 2 * len(new) < len(words))):
                     continue
-                if held is not None and postures.setdefault(*held) != held[1]:
+                if held is not None and held[0] in postures:
                     continue
                 told = telling.tell(facts, place, self.choices, bare=bare, known=known)
                 if told is not None:
                     said.append(told)
                     content |= words
                     known |= telling.keys_of(facts, place)
+                    if held is not None:
+                        postures.add(held[0])
             if said:
                 break
         for thing in self.boxed:
@@ -539,13 +552,23 @@ class _Composer:
             also = ("There {be} also {items}.", "The picture also shows {items}.", "Besides, there {be} {items}.")
             said.append(self.say(also if said else ("There {be} {items}.",), be=be, items=items))
         placed = [thing for thing in self.soles[:6] if thing.side or thing.level or thing.central]
-        placed = self.choices.shuffled(list({_place(thing): thing for thing in placed}.values()))[:2]
-        said.extend(f"{capital(self.the(thing))} {thing.noun.verb} {_place(thing)}." for thing in placed)
+        placed = self.choices.shuffled(list({thing.side or thing.level: thing for thing in placed}.values()))[:2]
+        if placed:
+            short = len(placed) > 1
+            parts = [f"{self.the(thing)} {thing.noun.verb} {_place(thing, short=short)}" for thing in placed]
+            if short:
+                parts[1] = parts[1].replace(" of the picture", "")
+            said.append(f"{capital(self.choices.of((', and ', ', while ')).join(parts))}.")
         related = [(a, b) for a, b in self.pairs() if self.relation(a, b) and not (a in placed and b in placed)]
-        for a, b in self.choices.shuffled(related)[:2]:
+        relations: set[str | None] = set()
+        for a, b in self.choices.shuffled(related)[:4]:
             a, b = self.choices.shuffled((a, b))
-            said.append(f"{capital(self.the(a))} {a.noun.verb} {self.relation(a, b)} {self.the(b)}.")
-        if sum(len(part.split()) for part in said) < 15:
+            relation = self.relation(a, b)
+            told = f"{capital(self.the(a))} {a.noun.verb} {relation} {self.the(b)}."
+            if relation not in relations and len(relations) < 2 and not " ".join(said).endswith(f" {self.one(a)}."):
+                said.append(told)
+                relations.add(relation)
+        if sum(len(part.split()) for part in said) < _DETAIL_WORDS:
             return "its texts and boxes say too little for a long description"
         return [(self.choices.of(phrases.DETAIL), " ".join(said))]
 
@@ -933,7 +956,7 @@ class _Composer:
         best, most = None, 0
         for place in self.facts.order:
             text = self.facts.texts[place]
-            if telling.spans(text) is None:
+            if text.spans is None:
                 continue
             links = sum(bool(telling.linked(self.facts, mention)) for mention in text.mentions)
             if links > most:
@@ -1011,15 +1034,18 @@ def _alike(a: Thing, b: Thing) -> bool:
     return _alike_labels(a.key, b.key)
 
 
+@lru_cache(maxsize=65536)
 def _alike_labels(a: str, b: str) -> bool:
     if any(a in alike and b in alike for alike in nouns.CLASSES):
         return True
     return nouns.described(a).head != a.lower() and nouns.described(b).head != b.lower()
 
 
-def _place(thing: Thing) -> str:
-    """``on the left side of the picture, towards the bottom``."""
+def _place(thing: Thing, *, short: bool = False) -> str:
+    """``on the left side of the picture, towards the bottom``; one of the two where it is to be short."""
     side, level = thing.side, thing.level
+    if short and side is not None:
+        level = None
     if side is not None:
         return f"on the {side} side of the picture" + (f", towards the {level}" if level else "")
     return f"at the {level} of the picture" if level else "in the middle of the picture"
@@ -1072,5 +1098,7 @@ _PEOPLE = {
 }
 """Words for one person that agree with each other."""
 _OUTDOORS = frozenset(word.replace("/", " ") for word in nouns.OUTDOORS) - {"river", "lake", "ocean", "sky", "mountain"}
+_PLACES = words_of("beach park forest woods garden farm meadow street") | {"parking lot"}
+"""Answers to where one is; a hill is none."""
 _NOT_INSIDE = words_of("outside outdoor outdoors patio street beach field park")
 _NOT_OUTSIDE = words_of("inside indoor indoors room window restaurant")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from captioners.instruct import nouns
-from captioners.instruct.facts import TOKEN, Facts, Mention, Text, Thing
+from captioners.instruct.facts import Facts, Mention, Text, Thing
 from captioners.instruct.nouns import words_of
 from captioners.instruct.phrases import SHOWS, Choices
 
@@ -42,17 +42,6 @@ class Deed:
     """From the verb to the full stop."""
 
 
-def spans(text: Text) -> list[tuple[int, int]] | None:
-    """Where each token of a text is in `Text.said`; null where the two differ by more than case and their ends."""
-    if text.said is None:
-        return None
-    found = [(match[0].lower(), match.span()) for match in TOKEN.finditer(text.said)]
-    length = max((place + 1 for place, word in enumerate(text.low) if word[0].isalnum()), default=0)
-    if tuple(word for word, _ in found[:length]) != text.low[:length]:
-        return None
-    return [span for _, span in found]
-
-
 def key_of(facts: Facts, mention: Mention) -> str | None:
     """The thing that a mention is about."""
     if mention.form.key in facts.things:
@@ -66,7 +55,7 @@ def key_of(facts: Facts, mention: Mention) -> str | None:
 def keys_of(facts: Facts, place: int) -> set[str]:
     """All that a text is about, as labels or nouns."""
     mentions = facts.texts[place].mentions
-    return {key_of(facts, mention) or mention.form.key for mention in mentions}
+    return {key_of(facts, mention) or mention.form.key for mention in mentions if mention.head}
 
 
 def linked(facts: Facts, mention: Mention) -> tuple[int, ...]:
@@ -117,7 +106,7 @@ def tell(
         null where the text makes no statement, or where it is not sure that it speaks of the things mentioned before.
     """
     text = facts.texts[place]
-    said, where = text.said, spans(text)
+    said, where = text.said, text.spans
     if said is None or where is None:
         return said if bare and not known and not link else None
     edits: list[tuple[int, int, str]] = []
@@ -133,10 +122,13 @@ def tell(
         if starts and determined and after in nouns.PARTICIPLES:
             edits.append((where[first.end][0], where[first.end][0], "are " if several else "is "))
             statement = True
-        elif starts and determined and after in _WITH:
+        elif starts and known and after == "with" and first.form.key in nouns.ROOMS and first.form.key in known:
+            edits.append((*where[first.end], "has"))
+            statement = True
+        elif starts and determined and after in _WITH and not known:
             shown = choices.of(SHOWS) + " "
             statement = True
-    if not statement and not bare:
+    if (not statement and not bare) or (known and text.low[0] in ("there", "this", "here")):
         return None
     for mention in text.mentions if known else ():
         key = key_of(facts, mention) or mention.form.key
@@ -144,7 +136,7 @@ def tell(
             continue
         thing = facts.things.get(key)
         if text.low[mention.start] not in ("a", "an"):
-            if mention.number is not None or mention.several or (mention is first and mention.start == mention.noun):
+            if mention.number is not None or mention.several or (mention is first and text.low[mention.start] != "the"):
                 return None  # "two dogs" again, or a bare "dog": perhaps others
             continue
         if thing is None or not (thing.sole or key in nouns.ROOMS or key in nouns.OUTDOORS):
@@ -182,7 +174,7 @@ def deeds(facts: Facts, thing: Thing) -> list[Deed]:
         at = first.end
         if at < len(text.low) and text.low[at] in ("is", "are"):
             at += 1
-        where = spans(text)
+        where = text.spans
         if at + 2 >= len(text.low) or text.low[at] not in nouns.PARTICIPLES or where is None or text.said is None:
             continue
         if ". " in text.said or any(word in _FINITE for word in text.low[at + 1 :]):
