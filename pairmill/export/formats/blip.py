@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pairmill.export.folder import Folder, Written
-from pairmill.export.format import Options, Parts, Whole
+from pairmill.export.format import Options, Parts, Whole, write_list
 from pairmill.export.formats.annotations import annotation_format
 
 TRAIN, EVAL, EVAL_GT = "train.json", "eval.json", "eval_gt.json"
@@ -51,33 +51,30 @@ def number_of(image: str) -> int:
 def _listed(name: str, records: Callable[[Parts], Iterable[dict[str, Any]]]) -> Whole:
     def write(folder: Folder, parts: Parts) -> Written:
         with folder.create(name) as sink:
-            for piece in _list(records(parts)):
-                sink.write(piece)
+            write_list(sink, map(_dumped, records(parts)))
             sink.write(b"\n")
         return sink.written(name)
 
     return Whole(name, write)
 
 
-def _list(values: Iterable[dict[str, Any]]) -> Iterator[bytes]:
-    before = "["
-    for value in values:
-        yield f"{before}\n{json.dumps(value, ensure_ascii=False)}".encode()
-        before = ","
-    yield b"[]" if before == "[" else b"]"
-
-
 def _write_gt(folder: Folder, parts: Parts) -> Written:
-    texts = enumerate(_texts(parts))
+    images = ({"id": number_of(record["image"])} for record in _records(parts))
+    texts = (
+        {"id": number, "image_id": number_of(record["image"]), "caption": record["caption"]}
+        for number, record in enumerate(_texts(parts))
+    )
     with folder.create(EVAL_GT) as sink:
         sink.write(b'{"images": ')
-        for piece in _list({"id": number_of(record["image"])} for record in _records(parts)):
-            sink.write(piece)
+        write_list(sink, map(_dumped, images))
         sink.write(b',\n"annotations": ')
-        for piece in _list({"id": n, "image_id": number_of(t["image"]), "caption": t["caption"]} for n, t in texts):
-            sink.write(piece)
+        write_list(sink, map(_dumped, texts))
         sink.write(b"}\n")
     return sink.written(EVAL_GT)
+
+
+def _dumped(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 BLIP = annotation_format(

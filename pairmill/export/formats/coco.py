@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from pairmill.export.folder import Folder, Sink, Written
-from pairmill.export.format import Options, Parts, Whole
+from pairmill.export.format import Options, Parts, Whole, write_list
 from pairmill.export.formats.annotations import annotation_format
 from schemas import fields
 
@@ -182,21 +182,17 @@ def _write(
 ) -> None:
     """One object a line, so that files of any size are written as they are made."""
     sink.write(f'{{"info": {json.dumps(_INFO)},\n"licenses": {json.dumps(_LICENSES)},\n"images": '.encode())
-    _write_list(sink, images)
+    write_list(sink, map(_dumped, images))
     sink.write(b',\n"annotations": ')
-    _write_list(sink, ({"id": number, **annotation} for number, annotation in enumerate(found, 1)))
+    write_list(sink, (_dumped({"id": number, **annotation}) for number, annotation in enumerate(found, 1)))
     if categories is not None:
         sink.write(b',\n"categories": ')
-        _write_list(sink, categories)
+        write_list(sink, map(_dumped, categories))
     sink.write(b"}\n")
 
 
-def _write_list(sink: Sink, values: Iterable[dict[str, Any]]) -> None:
-    before = "["
-    for value in values:
-        sink.write(f"{before}\n{json.dumps(value, ensure_ascii=False, allow_nan=False)}".encode())
-        before = ","
-    sink.write(b"[]" if before == "[" else b"]")
+def _dumped(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
 COCO = annotation_format(
