@@ -69,17 +69,19 @@ def test_mixed_texts_give_equal_tables_everywhere(tmp_path: Path):
     for variant in (VARIANTS[0], VARIANTS[3], VARIANTS[4]):
         for mix in ({"recipe": "blip2"}, {"recipe": "nguyen23"}):
             root = tmp_path / f"{name(variant)}-{mix['recipe']}"
-            run = config(root, table, engine=variant[0], recipe="tests.mixing_steps:recipe", mix=mix)
+            options = {"folder": str(tmp_path)}
+            run = config(root, table, engine=variant[0], recipe="tests.test_outcomes:recipe", mix=mix, options=options)
             refresh(run, Silent())
             found.setdefault(mix["recipe"], []).append(table_digests(run))
     for first, *others in found.values():
         assert "text_ranks" in first["ledger"]
+        assert any("boilerplate" in columns for columns in first.values()), "the kept texts, joined"
         assert all(digests == first for digests in others)
 
 
 @pytest.mark.timeout(600)
 def test_the_main_recipe_gives_equal_tables_everywhere(tmp_path: Path):
-    """Real downloads, decoding, CLIP scores, neighbours and verdicts of the recipe clip_filter."""
+    """Downloads, decoding, CLIP scores, neighbours, verdicts, boxes and conversations of the recipe clip_filter."""
     with ProceduralWeb(120, seed=5, hang_s=5) as web:
         web.write(tmp_path)
         found = {}
@@ -89,11 +91,12 @@ def test_the_main_recipe_gives_equal_tables_everywhere(tmp_path: Path):
                 {
                     "dataset": str(tmp_path / name(variant)),
                     "recipe": "tests.contract.recipes:clip_filter",
-                    "source": {"kind": "url_table", "path": str(tmp_path / "urls.parquet")},
+                    "source": {"kind": "url_table", "path": str(tmp_path / "urls.parquet"), "boxes": "boxes"},
                     "engine": engine,
                     "shard_size": 40,
                     "download": {"allow_private_addresses": True, "timeout_s": 2, "retries": 0, "per_host": 32},
                     "keep": {"clip_score": "top 80%"},
+                    "instruct": {"kinds": {"conversation": 1, "detail": 0.5, "complex": 1, "grounding": 0.7}},
                     "options": {"rows": rows},
                 }
             )
