@@ -89,8 +89,13 @@ class Evidence:
 
 
 def _qualifies(noun: Noun, behind: Noun) -> bool:
-    """``pizza`` in ``pizza box``; ``man`` and ``waves`` in ``the man waves`` are no such pair."""
-    return noun.end == behind.start and not noun.name.plural and not (behind.name.homograph and behind.name.plural)
+    """``pizza`` in ``pizza box``; ``man`` and ``waves`` in ``the man waves`` are no such pair, nor ``elephant family``."""
+    return (
+        behind.words not in _GROUPS
+        and noun.end == behind.start
+        and not noun.name.plural
+        and not (behind.name.homograph and behind.name.plural)
+    )
 
 
 def _is_noun(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
@@ -116,6 +121,7 @@ def _is_noun(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
     return before is None or before in PREPOSITIONS - {"to"} or before in ("and", "or", ",", "are")
 
 
+_GROUPS = words_of("family families baby babies cub cubs calf calves couple crowd mother people herd")
 NEGATIONS = words_of("no not n't without neither nor never none nobody cannot lack lacks lacking absence absent")
 _BREAKS = words_of("; but while whereas only except just however though although although")
 

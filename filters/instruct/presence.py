@@ -28,6 +28,7 @@ _POLAR = (
     ("can", "we", "see"),
 )
 _ANYBODY = words_of("people person someone somebody humans individual individuals")
+_VIEWER = words_of("camera photographer")
 _PICTURE = words_of("image picture photo photograph scene view frame shot")
 _UNQUALIFIED = words_of(
     ", . ; or nor and visible present here anywhere seen shown pictured depicted at can is are in to but though"
@@ -106,6 +107,8 @@ def is_there(noun: Noun, evidence: Evidence) -> bool:
 
 
 def _likeness(words: Sequence[str], noun: Noun) -> bool:
+    if noun.words in _VIEWER and words[max(noun.start - 1, 0) : noun.start] == ["the"]:
+        return True  # who looks at the camera
     return not _LIKENESS.isdisjoint(words[max(noun.start - 3, 0) : noun.start]) or words[noun.end : noun.end + 1] in (
         ["shaped"],
         ["themed"],
