@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pairmill.demo_examples import Example
+    from pairmill.demo_instructions import Talk
     from pairmill.run import RunReport
 
 POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
@@ -177,6 +178,9 @@ def plan(
     rows = [[step.get(name) for name in header] for step in report.steps]
     right = ("rows done", "rows todo", "rows at most")
     print_table([h.replace("_", " ") for h in header], rows, sys.stdout, right=right)
+    for step in report.steps:
+        if step["cost"]:
+            typer.echo(f"{step['step']} costs {step['cost']}")
     refused = f" {report.taken_down:,} rows of the sources were taken down before." if report.taken_down else ""
     again = f" {report.retried:,} deferred pairs would be tried again." if report.retried else ""
     typer.echo(f"\n{report.new_rows:,} new pairs would be admitted to {shown(loaded.dataset)}.{again}{refused}")
@@ -374,7 +378,7 @@ def demo(
         print_json({"out": str(report.out), "run": _run_json(report.run), "metrics": asdict(report.metrics)})
         return
     _print_run(str(report.out / "dataset"), report.run)
-    _print_demo(report.out, asdict(report.metrics), report.examples)
+    _print_demo(report.out, asdict(report.metrics), report.examples, report.talks)
 
 
 # -- what the verbs print ---------------------------------------------------------------------------------------------
@@ -404,10 +408,12 @@ def _print_run(dataset: str, report: RunReport) -> None:
     )
 
 
-def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example]) -> None:
+def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example], talks: list[Talk]) -> None:
     from pairmill.demo_examples import example_lines
+    from pairmill.demo_instructions import talk_lines
 
-    captions = metrics["captions"]
+    captions, instructions = metrics["captions"], metrics["instructions"]
+    kinds = ", ".join(f"{kind} {number:,}" for kind, number in instructions["conversations"].items())
     lines = {
         "true texts": f"{metrics['true_texts_in']:.1%} of what came in, {metrics['true_texts_kept']:.1%} of the "
         f"{metrics['texts_kept']:,} texts that are kept",
@@ -419,15 +425,20 @@ def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example]) 
         "duplicates caught": "precision {precision:.3f}, recall {recall:.3f}".format(**metrics["duplicates"]),
         "broken pictures kept": f"{metrics['broken_kept']:,}",
         "exported": f"{metrics['exported']:,} samples",
+        "instruction data": f"{sum(instructions['conversations'].values()):,} conversations: {kinds}",
+        "true answers": f"{instructions['true']:.2%} of {instructions['answers']:,}; {instructions['false']:,} false, "
+        f"{instructions['not_understood']:,} not understood",
     }
     typer.echo("\nTexts of some images, before and after:\n")
     typer.echo("\n".join(shown(line) for line in example_lines(examples)))
+    typer.echo("Instruction data about some images:\n")
+    typer.echo("\n".join(shown(line) for line in talk_lines(talks)))
     typer.echo("Against the truth that the web knows:")
     for name, text in lines.items():
         typer.echo(f"  {name:22}{text}")
     typer.echo(
-        f"\n{out}/ holds dataset/, export/, examples.png, urls.parquet, truth.parquet, config.yaml and metrics.json."
-        " Next:"
+        f"\n{out}/ holds dataset/, export/, export-llava/, examples.png, instruct_examples.png, urls.parquet, "
+        "truth.parquet, config.yaml and metrics.json. Next:"
     )
     typer.echo(f"  pairmill status {out}/dataset")
     typer.echo(f'  pairmill sql {out}/dataset "SELECT source, kept, reason, count(*) FROM texts GROUP BY ALL"')  # noqa: S608 (shown, not run)

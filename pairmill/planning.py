@@ -15,6 +15,7 @@ from pairmill.execute import Frame, State, outdated, replay, table_files
 from pairmill.plan import Plan, PlannedStep, model_identities
 from pairmill.report.progress import Reporter
 from pairmill.retry import due, known_attempts, utc_now
+from pairmill.stage import Stage
 from pairmill.store import Dataset
 from schemas.config import RunConfig
 from schemas.reasons import DEFERRED_VALUES
@@ -36,7 +37,8 @@ class PlanReport:
 
     steps: list[dict[str, Any]]
     """One entry a step: step, kind, table; of stages also rows_done, rows_todo (known to be lacking), rows_at_most
-    (with those that steps before may yet drop or let through) and why (rows by reason); note."""
+    (with those that steps before may yet drop or let through) and why (rows by reason); note; cost, in words, where a
+    stage costs more than time."""
     new_rows: int
     known: int
     repeated: int
@@ -121,6 +123,7 @@ def _entry(
             "rows_at_most": None,
             "why": {},
             "note": "judged anew from stored columns",
+            "cost": "",
         }
     present = frame.present(planned.table)
     todo = state.todo.get(planned.index, np.empty(0, np.int64))
@@ -137,6 +140,7 @@ def _entry(
         "rows_at_most": at_most,
         "why": why,
         "note": _note(why, len(may_come), admission.new),
+        "cost": planned.step.estimate(at_most) if isinstance(planned.step, Stage) else "",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from pairmill import answers, config_file, retry, revisits, takedown, versions
+from captioners.instruct.stage import Instructions
+from pairmill import answers, config_file, retry, revisits, storage, takedown, versions
 from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
 from pairmill.engines import open_engine
@@ -208,6 +210,7 @@ class _Refresh:
         if len(self._frame()) == 0:
             self.reporter.note("the sources hold no rows: there is nothing to do")
             return self._report(None, False, admission, begin)
+        batches = self._batches()
         with _LazyEngine(self.config) as engine:
             if revisit is not None:
                 self._revisit(engine, revisit)
@@ -217,7 +220,21 @@ class _Refresh:
         snapshot, published = self._publish(self._frame(), state, begin)
         if takedown.finish(self.dataset, self.reporter):  # and what came in at the very last moment goes again
             snapshot, published = self.dataset.snapshots()[-1], True
+        if batches is not None:
+            batches.done()
+            batches.submit()
         return self._report(snapshot, published, admission, begin)
+
+    def _batches(self) -> Batches | None:
+        """Collects what batches brought; where they brought nothing, nothing is tried again."""
+        writer = self.config.instruct.writer
+        stage = next((s.name for s in self.plan.steps if isinstance(s.step, Instructions)), None)
+        if stage is None or writer.kind != "batch":
+            return None
+        batches = Batches(self.config, self.dataset, self.reporter)
+        if not batches.collect():
+            self.revised.add(stage)
+        return batches
 
     def _up_to_date(self, engine: _LazyEngine) -> State:
         """Run what is lacking, and take out what was taken down meanwhile, until there is neither: a pair that
@@ -481,6 +498,49 @@ class _Refresh:
         self.dataset.publish(record)
         self.reporter.note(f"published snapshot {record.id}: {record.kept} of {record.admitted} pairs kept")
         return record, True
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The Batch-file API around a run: answers are collected before it, requests submitted after it."""
+
+    config: RunConfig
+    dataset: Dataset
+    reporter: Reporter
+
+    @property
+    def _news(self) -> str:
+        """A file that is there while answers may have come of which the stage has not heard."""
+        return self.dataset.path("_batches", "news")
+
+    def collect(self) -> bool:
+        """Store the answers that have come. Whether there are any that the stage has not heard of."""
+        from captioners.instruct import batch
+
+        fs = self.dataset.fs
+        heard = not fs.exists(self._news)
+        with storage.explained(f"cannot write {self._news}"):
+            fs.makedirs(self.dataset.path("_batches"), exist_ok=True)
+            fs.pipe_file(self._news, b"")
+        count = batch.collect(self.config, self.dataset, self.reporter)
+        if count:
+            self.reporter.note(f"{count} answers came by batches")
+        elif heard:
+            self.done()
+        return bool(count) or not heard
+
+    def done(self) -> None:
+        """The stage has heard of what came."""
+        with contextlib.suppress(FileNotFoundError), storage.explained(f"cannot remove {self._news}"):
+            self.dataset.fs.rm_file(self._news)
+
+    def submit(self) -> None:
+        """Send what waits."""
+        from captioners.instruct import batch
+
+        count = batch.submit(self.config, self.dataset, self.reporter)
+        if count:
+            self.reporter.note(f"{count} requests wait for their batches; run again to collect the answers")
 
 
 def _commit_due(now: float, last: float, began: float) -> bool:

@@ -160,6 +160,10 @@ class Stage(Step, ABC):
     def open(self) -> Kernel:
         """Load what the stage needs and return the kernel. Called once in each worker."""
 
+    def estimate(self, rows: int) -> str:  # noqa: ARG002 (most stages cost nothing but time)
+        """What this many rows may cost besides time, in words for `pairmill plan`; empty where nothing."""
+        return ""
+
     @property
     def revises(self) -> tuple[str, ...]:
         """Columns that `outdated` looks at, its own or outcomes of verdicts before it; none where a row that was

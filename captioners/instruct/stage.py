@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,8 +17,11 @@ from pairmill.errors import ConfigError
 from pairmill.instructions import KINDS, Context, Instruction, Task
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
-from schemas.config import InstructKind, RunConfig
+from schemas.config import InstructKind, Price, RunConfig
 from schemas.reasons import DEFERRED_VALUES
+
+if TYPE_CHECKING:
+    from captioners.instruct.endpoint import Questions
 
 Write = Callable[[Sequence[Task]], list[Instruction]]
 """Writes one conversation for each task, in order; where there is none, says why."""
@@ -66,6 +69,8 @@ class Instructions(Stage):
     detections: bool = False
     """The recipe has a detector."""
     checks: int = CHECKS_VERSION
+    price: Price = field(default=Price(), metadata={"identity": False})
+    """Of a million tokens; for `estimate`."""
     resources: Resources = field(default=Resources(rows=256), metadata={"identity": False})
 
     @classmethod
@@ -86,6 +91,7 @@ class Instructions(Stage):
             labels=config.boxes.labels,
             captions=captions,
             detections=config.models.detector is not None,
+            price=asked.price,
             resources=writer.resources,
         )
 
@@ -152,6 +158,23 @@ class Instructions(Stage):
             frozenset(crowded),
             self.labels,
         )
+
+    def estimate(self, rows: int) -> str:
+        """Requests, tokens and money, if each is answered once and at full length. The prompt is taken at four bytes a
+        token, with 300 tokens for an image's own texts and boxes."""
+        asked: Questions | None = getattr(self.writer, "questions", None)
+        if asked is None or not rows:
+            return ""
+        requests = prompt = 0.0
+        for kind, share in self.kinds:
+            blank = Task(Context("", (), (), 1, 1), kind)
+            sent = asked.prompts.messages(blank, self.max_texts, self.max_boxes)
+            requests += rows * share
+            prompt += rows * share * (sum(len(m["content"].encode()) for m in sent) / 4 + 300)
+        completion = requests * asked.max_tokens
+        cost = (prompt * self.price.prompt + completion * self.price.completion) / 1e6
+        money = f", {cost:,.2f} of money" if cost else ""
+        return f"at most {requests:,.0f} requests, {prompt + completion:,.0f} tokens{money}, if each is answered once"
 
     @property
     def revises(self) -> tuple[str, ...]:
