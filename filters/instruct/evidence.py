@@ -89,7 +89,8 @@ class Evidence:
 
 
 def _qualifies(noun: Noun, behind: Noun) -> bool:
-    """``pizza`` in ``pizza box``; ``man`` and ``waves`` in ``the man waves`` are no such pair, nor ``elephant family``."""
+    """``pizza`` in ``pizza box``; ``man`` and ``waves`` in ``the man waves`` are
+    no such pair, nor ``elephant family``."""
     return (
         behind.words not in _GROUPS
         and noun.end == behind.start
