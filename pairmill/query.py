@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from pairmill.store import DataFile, Dataset, Snapshot
 
-VIEWS = ("pairs", "texts", "images", "image_history", "boxes", "instructions", "usage", "snapshots")
+VIEWS = ("pairs", "texts", "images", "image_history", "boxes", "rejected_boxes", "instructions", "usage", "snapshots")
 """What a query can name."""
 
 _PROTOCOL = "snapshot"
@@ -38,6 +38,7 @@ _RETRIES = ("attempts", "retry_at")
 """Columns of the ledger that older datasets lack."""
 _NAMED = ("width", "height", "sha256", "clip_score", "itm_score")
 """Columns that ``pairs`` always has, null where the recipe does not measure them."""
+_BOX = tuple(f.name for f in fields.BOX)
 _INSTRUCTION = tuple(f.name for f in fields.INSTRUCTION if f.name != "kind")
 
 
@@ -130,7 +131,11 @@ def connect(snapshot: Snapshot) -> duckdb.DuckDBPyConnection:
     ``image_history``
         one row a stored image that a revisit replaced: what it was, the last snapshot that has it, and by what
     ``boxes``
-        one row a box, in pixels of the stored image, clipped to it; boxes outside of it (cropped away) are left out
+        one row a box, in pixels of the stored image, clipped to it: those that came with the pair, then those that a
+        detector found; ``ordinal`` counts from 0 in this order. ``mask`` is COCO's compressed run-length encoding
+        (``counts``) where the recipe makes masks. Boxes that cannot be kept are left out
+    ``rejected_boxes``
+        one row a box that came with a pair and is not kept, with its reason; empty where the recipe does not judge them
     ``instructions``
         one row a conversation that was asked for of a kept pair; a reason says why there is none
     ``usage``
@@ -206,6 +211,7 @@ class _Views:
         self._images()
         self._history()
         self._boxes()
+        self._rejected_boxes()
         self._instructions()
         self._usage()
         self._snapshots()
@@ -344,18 +350,53 @@ class _Views:
             self._view(HISTORY_TABLE, "SELECT uid, NULL::INTEGER AS after_snapshot, sha256 FROM images WHERE false")
 
     def _boxes(self) -> None:
+        regions = self._table_of(fields.REGIONS)
+        if regions is None:
+            self._boxes_of_pairs()
+            return
+        detections, masks = self._table_of(fields.DETECTIONS), self._table_of(fields.MASKS)
+        found = [f"coalesce(p.regions, [])::{_as_sql(fields.REGIONS.type)}"]
+        if detections:
+            found.append(f"coalesce({_alias(detections)}.detections, [])::{_as_sql(fields.DETECTIONS.type)}")
+        mask = f"{_alias(masks)}.masks" if masks else f"NULL::{_as_sql(fields.MASKS.type)}"
+        joins = _joins((detections, fields.DETECTIONS.name), (masks, fields.MASKS.name))
+        shown = ", ".join(f"b.{name} AS {name}" for name in _BOX)
+        self._view(
+            "boxes",
+            f"""SELECT uid, {shown}, ordinal, m.counts AS mask, m.area AS mask_area, m.score AS mask_score, shard
+                FROM (SELECT uid, shard, ordinal, boxes[ordinal + 1] AS b, masks[ordinal + 1] AS m
+                      FROM (SELECT uid, shard, boxes, masks, unnest(range(len(boxes)))::INTEGER AS ordinal
+                            FROM (SELECT p.uid, p.shard, {" || ".join(found)} AS boxes, {mask} AS masks
+                                  FROM store.{_name(regions)} p {joins})))""",
+        )
+
+    def _boxes_of_pairs(self) -> None:
+        """Of a recipe without the stage ``regions``: the boxes that came with the pairs."""
+        corners = ", ".join(
+            f"greatest(0, least(i.{side}, b.{name} * i.transform[{n}] + i.transform[{n + 2}]))::FLOAT AS {name}"
+            for name, side, n in (("x1", "width", 1), ("y1", "height", 2), ("x2", "width", 1), ("y2", "height", 2))
+        )
         self._view(
             "boxes",
             f"""SELECT * FROM (
-                  SELECT uid, b.label AS label,
-                    greatest(0, least(i.width, b.x1 * i.transform[1] + i.transform[3]))::FLOAT AS x1,
-                    greatest(0, least(i.height, b.y1 * i.transform[2] + i.transform[4]))::FLOAT AS y1,
-                    greatest(0, least(i.width, b.x2 * i.transform[1] + i.transform[3]))::FLOAT AS x2,
-                    greatest(0, least(i.height, b.y2 * i.transform[2] + i.transform[4]))::FLOAT AS y2,
-                    b.score AS score, b.source AS source, shard
-                  FROM (SELECT uid, shard, unnest(boxes) AS b FROM store.{PAIRS_TABLE}) p
+                  SELECT uid, b.label AS label, {corners}, b.score AS score, b.source AS source, ordinal,
+                    NULL::VARCHAR AS mask, NULL::BIGINT AS mask_area, NULL::FLOAT AS mask_score, shard
+                  FROM (SELECT uid, shard, ordinal, boxes[ordinal + 1] AS b
+                        FROM (SELECT uid, shard, boxes, unnest(range(len(boxes)))::INTEGER AS ordinal
+                              FROM store.{PAIRS_TABLE})) p
                   JOIN (SELECT uid, shard, width, height, transform FROM images) i USING (uid, shard)
                 ) WHERE x2 > x1 AND y2 > y1""",
+        )
+
+    def _rejected_boxes(self) -> None:
+        table = self._table_of(fields.REJECTED_BOXES)
+        empty = f"NULL::{_as_sql(fields.REJECTED_BOXES.type)} AS rejected_boxes"
+        rows = f"store.{_name(table)}" if table else f"(SELECT uid, shard, {empty} FROM store.{PAIRS_TABLE})"
+        shown = ", ".join(f"r.box.{name} AS {name}" for name in _BOX)
+        self._view(
+            "rejected_boxes",
+            f"""SELECT uid, {shown}, r.reason AS reason, r.detail AS detail, shard
+                FROM (SELECT uid, shard, unnest(rejected_boxes) AS r FROM {rows})""",
         )
 
     def _instructions(self) -> None:

@@ -147,8 +147,10 @@ def test_images_has_the_stored_images(built):
 
 
 def test_boxes_are_in_pixels_of_the_stored_image_and_inside_it(built):
-    box = {"label": "circle", "x1": 0, "y1": 2, "x2": 10, "y2": 24, "score": 1, "source": "human"}
-    assert rows(built, "SELECT * FROM boxes") == [{"uid": PAIRS[0].uid, **box, "shard": 0}]
+    box = {"label": "circle", "x1": 0, "y1": 2, "x2": 10, "y2": 24, "score": 1, "source": "human", "ordinal": 0}
+    none = dict.fromkeys(["mask", "mask_area", "mask_score"])
+    assert rows(built, "SELECT * FROM boxes") == [{"uid": PAIRS[0].uid, **box, **none, "shard": 0}]
+    assert rows(built, "SELECT * FROM rejected_boxes") == []
 
 
 def test_snapshots_and_instructions(built):
