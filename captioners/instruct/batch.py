@@ -12,6 +12,7 @@ Without ``instruct.writer.base_url`` nothing is sent: files of requests lie in `
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import secrets
@@ -126,7 +127,7 @@ class BatchWriter:
 
     def _leave(self, files: BatchFiles, writer: str, waiting: Sequence[Attempt]) -> None:
         failures = files.state().failures
-        now, left = utc_now(), {}
+        now, left = datetime.datetime.now(datetime.timezone.utc).isoformat(), {}
         for attempt in waiting:
             request, task = attempt.request, attempt.task
             digest = request.digest(self.questions.model)
@@ -461,8 +462,9 @@ class _Collection:
         for digest in batch.requests.keys() - results.answers.keys():
             self._count(digest, results.failures.get(digest, why))
         unanswered = len(batch.requests) - len(results.answers)
-        self._finish(results)
+        self._remember(results)
         self._files.drop(batch)
+        self._forget(results)
         if told or unanswered or results.bad:
             self._reporter.note(
                 f"{why}: {len(results.answers)} answers, {unanswered} requests wait again{_unread(results)}"
@@ -491,8 +493,9 @@ class _Collection:
                 self._count(digest, why)
             for batch in batches:
                 self._shrink(batch, results)
-            self._finish(results)
+            self._remember(results)
             self._files.consumed(path, b"".join(rest))
+            self._forget(results)  # last: lines of what nobody waits for are set aside
             self._reporter.note(
                 f"{path}: {len(results.answers)} answers, {len(results.failures)} requests wait again{_unread(results)}"
             )
@@ -513,6 +516,8 @@ class _Collection:
             self._files.drop(batch)
             return
         smaller = self._files.save(batch, requests=left)
+        lines = (self._pending[digest].line(self._state.length_key) for digest in left if digest in self._pending)
+        self._files.hand_out(smaller, lines)
         try:
             answers.claim(self._dataset, batch.name, smaller.bound, self._run.instruct.budget)
         except BudgetSpent:  # answers took more than they may: the part stays as large as it was
@@ -609,12 +614,15 @@ class _Collection:
         count, _ = self._state.failures.get(digest, (0, ""))
         self._state.failures[digest] = (count + 1, why[:200])
 
-    def _finish(self, results: _Results) -> None:
-        """Forget what answered requests left behind."""
+    def _remember(self, results: _Results) -> None:
         for digest in results.answers:
             self._state.failures.pop(digest, None)
-            self._pending.pop(digest, None)
         self._files.remember(self._state)
+
+    def _forget(self, results: _Results) -> None:
+        """Answered requests wait no more."""
+        for digest in results.answers:
+            self._pending.pop(digest, None)
         self._files.keep(self._pending)
 
 

@@ -233,7 +233,9 @@ class BatchFiles:
     def consumed(self, path: str, rest: bytes) -> None:
         """Remove a file of results; what of it could not be used stays beside it, as ``<name>.rejected``."""
         if rest:
-            self._write(f"{path}.rejected", rest)
+            beside = f"{path}.rejected"
+            before = self._read(beside) if self.dataset.fs.exists(beside) else b""
+            self._write(beside, before + rest.removeprefix(before))
         self._remove(path)
 
     # -- what is remembered --
@@ -249,7 +251,9 @@ class BatchFiles:
 
     def remember(self, state: State) -> None:
         """Write it down."""
-        if state != self.state():
+        if state == State():
+            self._remove(self.path("state.json"))
+        elif state != self.state():
             self._write(self.path("state.json"), json.dumps(asdict(state), sort_keys=True).encode())
 
     # -- takedowns --
