@@ -16,8 +16,17 @@ import pyarrow.parquet as pq
 import yaml
 
 from pairmill.demo_examples import Example, choose_examples, draw_examples
+from pairmill.demo_instructions import (
+    INSTRUCTIONS_SQL,
+    InstructionScore,
+    Talk,
+    choose_talks,
+    draw_talks,
+    measure_instructions,
+)
 from pairmill.errors import ConfigError
-from pairmill.export import export_webdataset
+from pairmill.export import export, export_webdataset
+from pairmill.instructions import KINDS
 from pairmill.procedural.captions import is_true
 from pairmill.procedural.scene import Scene
 from pairmill.procedural.web import Kind, ProceduralWeb
@@ -29,6 +38,9 @@ from pairmill.weights import tiny_clip_dir
 
 EXAMPLES = 8
 """Images that are shown with their texts before and after."""
+
+TALKS = 6
+"""Conversations that are shown with their images."""
 
 BROKEN_KINDS = frozenset(kind.value for kind in Kind if not kind.has_picture)
 """Rows behind which there is no usable picture: none of them may be kept."""
@@ -90,6 +102,7 @@ class DemoMetrics:
     captions: CaptionScore
     broken_kept: int
     """Kept pairs behind which there is no usable picture."""
+    instructions: InstructionScore
     exported: int
     seconds: float
 
@@ -103,6 +116,8 @@ class DemoReport:
     out: Path
     examples: list[Example]
     """Some images with their texts before and after; `examples.png` shows them."""
+    talks: list[Talk]
+    """Some conversations; `instruct_examples.png` shows them with their images."""
 
 
 def run_demo(
@@ -115,7 +130,8 @@ def run_demo(
     overrides: tuple[str, ...] = (),
 ) -> DemoReport:
     """Run the main job on a procedural web of `pairs` rows and leave in `out`: dataset/, urls.parquet, truth.parquet,
-    config.yaml, export/ and metrics.json. Run again on the same folder it finds nothing new, or goes on.
+    config.yaml, export/, export-llava/, examples.png, instruct_examples.png and metrics.json. Run again on the same
+    folder it finds nothing new, or goes on.
 
     Raises:
         ConfigError: the folder holds a demo of other pairs or another seed.
@@ -129,12 +145,15 @@ def run_demo(
         report = refresh(load_config(str(config_path), overrides), reporter)
     snapshot = Dataset(str(out / "dataset")).snapshot()
     exported = export_webdataset(snapshot, str(out / "export"))
-    pairs_, texts = (query(snapshot, sql).to_pylist() for sql in (PAIRS_SQL, TEXTS_SQL))
-    metrics = measure(pairs_, texts, out / "truth.parquet", exported.samples, report.seconds)
+    export(snapshot, str(out / "export-llava"), "llava")
+    pairs_, texts, talks = (query(snapshot, sql).to_pylist() for sql in (PAIRS_SQL, TEXTS_SQL, INSTRUCTIONS_SQL))
+    metrics = measure(pairs_, texts, talks, out / "truth.parquet", exported.samples, report.seconds)
     (out / "metrics.json").write_text(json.dumps(asdict(metrics), indent=2) + "\n", encoding="utf-8")
-    examples = choose_examples(texts, EXAMPLES)
-    draw_examples(examples, _images(snapshot, [example.uid for example in examples]), out / "examples.png")
-    return DemoReport(report, metrics, out, examples)
+    examples, shown = choose_examples(texts, EXAMPLES), choose_talks(talks, TALKS)
+    images = _images(snapshot, [*(example.uid for example in examples), *(talk.uid for talk in shown)])
+    draw_examples(examples, images, out / "examples.png")
+    draw_talks(shown, images, out / "instruct_examples.png")
+    return DemoReport(report, metrics, out, examples, shown)
 
 
 PAIRS_SQL = """
@@ -183,12 +202,13 @@ def demo_config(out: Path, engine: str) -> dict[str, Any]:
     return {
         "dataset": str(out / "dataset"),
         "recipe": "capfilt",
-        "source": [{"kind": "url_table", "path": str(out / "urls.parquet")}],
+        "source": [{"kind": "url_table", "path": str(out / "urls.parquet"), "boxes": "boxes"}],
         "shard_size": 200,
         "download": {"per_host": 64, "timeout_s": 3, "retries": 1, "allow_private_addresses": True},
         "models": {"clip": "tiny", "captioner": "tiny", "itm": "tiny"},
         "caption": {"count": 2, "max_length": 40},
         "mix": {"recipe": "capfilt"},
+        "instruct": {"kinds": dict.fromkeys(KINDS, 1.0)},
         "keep": {"itm": ">= 0.5"},
         "dedup": {"semantic": tuned["dedup"]["threshold"], "max_colour_distance": 0.07, "floor": 0.9},
         "engine": {"kind": engine},
@@ -196,9 +216,15 @@ def demo_config(out: Path, engine: str) -> dict[str, Any]:
 
 
 def measure(
-    pairs: list[dict[str, Any]], texts: list[dict[str, Any]], truth_path: Path, exported: int, seconds: float
+    pairs: list[dict[str, Any]],
+    texts: list[dict[str, Any]],
+    talks: list[dict[str, Any]],
+    truth_path: Path,
+    exported: int,
+    seconds: float,
 ) -> DemoMetrics:
-    """Compare a snapshot with the ground truth: its pairs as `PAIRS_SQL` gives them, its texts as `TEXTS_SQL` does."""
+    """Compare a snapshot with the ground truth: its pairs, texts and conversations as `PAIRS_SQL`, `TEXTS_SQL` and
+    `INSTRUCTIONS_SQL` give them."""
     truth = {(row["url"], row["text"]): row for row in pq.read_table(truth_path).to_pylist()}
     picture = {row["url"]: row["duplicate_of_url"] or row["url"] for row in truth.values()}
     rows = [{**pair, "truth": truth[pair["url"], pair["text"]]} for pair in pairs]
@@ -219,6 +245,7 @@ def measure(
         texts_kept=len(kept_texts),
         captions=_captions(judged),
         broken_kept=sum(r["truth"]["kind"] in BROKEN_KINDS for r in kept),
+        instructions=measure_instructions(talks, truth),
         exported=exported,
         seconds=seconds,
     )

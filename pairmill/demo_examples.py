@@ -81,7 +81,7 @@ def draw_examples(examples: list[Example], images: dict[str, bytes], path: Path)
     """
     rows = -(-len(examples) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * _CELL, max(1, rows) * (_SIDE + 16)), "white")
-    pencil, font = ImageDraw.Draw(sheet), _font()
+    pencil, font = ImageDraw.Draw(sheet), font_of(12)
     for place, example in enumerate(examples):
         left, top = place % _COLUMNS * _CELL + 8, place // _COLUMNS * (_SIDE + 16) + 8
         with Image.open(io.BytesIO(images[example.uid])) as image:
@@ -99,8 +99,8 @@ def draw_examples(examples: list[Example], images: dict[str, bytes], path: Path)
     sheet.save(path)
 
 
-def _font() -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along: it has the letters of more alphabets than Pillow's own font."""
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 12)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
