@@ -6,7 +6,7 @@
   are borne out by a text, and no text says otherwise: none states another number for the label or for a word that means
   the same, none speaks of several where there is one box, and, where there are several boxes and texts name the
   thing, one of them does so in the plural. Without boxes of it a number that a text states is a count, if every text
-  that gives one gives that one.
+  that gives one gives that one, and without an adjective ("two green shapes" are not all shapes).
 - **The one** of a label: its count is 1, or no box was looked for and every text names it in the singular.
 - **A colour or a material** is that of a text's adjectives right before the noun of the one of its label; no text gives
   it another one. In a label ("large red circle") size and colour are part of the label.
@@ -17,8 +17,9 @@
 - **Yes**: there is a box, or two texts (or the only one) name it. **No**: the label was looked for in every image
   (`Context.labels`), has no box, is not crowded, and no text has a word for it or near it.
 - **What a text says** is taken from texts that `sentence` could clean, that agree with the counts, that give nothing a
-  colour which another text gives another one, and that name no looked-for label which has no box, unless another text
-  does so too and no like thing has a box (a "chair" that is a couch).
+  colour which another text gives another one, nor say "behind" where another says "in front of", and that name no
+  looked-for label which has no box, unless another text does so too and no like thing has a box (a "chair" that is a
+  couch).
 """
 
 from __future__ import annotations
@@ -289,8 +290,11 @@ def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
             at += 1
             continue
         end = at + len(form.words)
-        mentions.append(_mention(index, low, last, at, end, form))
-        at = last = end
+        mention = _mention(index, low, last, at, end, form)
+        mentions.append(mention)
+        at = end
+        if mention.head:
+            last = end
     grammatical = not any(_one_for_many(low, mention) for mention in mentions)
     said = sentence(text, tokens, low) if grammatical else None
     return Text(tokens, low, tuple(mentions), said, None if said is None else _spans(said, low))
@@ -322,6 +326,7 @@ def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, fo
         or after in nouns.CLOSED
         or after in nouns.VERBS
         or after.endswith(("ing", "ly"))
+        or (after.endswith("s") and after not in nouns.lexicon().keys)
     ) and after != "-"
     start = at
     number: int | None = None
@@ -418,7 +423,8 @@ def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
             thing.box = boxes[thing.boxes[0]]
     else:
         numbers = {mention.number for mention in thing.mentions if mention.number is not None}
-        if len(stated) == 1 and numbers == stated:
+        plain = not any(mention.adjectives for mention in thing.mentions if mention.stated)
+        if len(stated) == 1 and numbers == stated and plain:
             thing.count = next(iter(stated))
         thing.sole = not thing.several and named == 1 and thing.key not in nouns.OUTDOORS
     if not thing.colour:
@@ -499,7 +505,7 @@ def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None
     if function < 2 or function * 6 < len(words):
         return None
     capitals = sum(word[0].isupper() for word in tokens[1:] if word[0].isalpha())
-    if capitals * 3 > len(words) or sum(letter.isupper() for letter in stripped) * 4 > len(stripped):
+    if capitals * 3 > len(words) or sum(map(str.isupper, stripped)) * 4 > len(stripped):
         return None
     stripped = re.sub(r" +([,.])", r"\1", stripped)
     stripped = re.sub(r"([,.])(?=[A-Za-z])", r"\1 ", stripped)
@@ -526,6 +532,9 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
         for key, times in unboxed.items()
         if times == 1 or any(key in alike and not alike.isdisjoint(things) for alike in nouns.CLASSES)
     }
+    fronts = [_fronts(text) for text in texts]
+    sides = {side for found in fronts for side in found}
+    disputed = {(side, key) for side, key in sides if (_BEHIND[side], key) in sides}
     contested = [
         mention
         for thing in things.values()
@@ -548,6 +557,8 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
             continue
         if any(mention.text == place and _colours(mention) for mention in contested):
             continue
+        if not fronts[place].isdisjoint(disputed):
+            continue
         if males and females and not both:
             male = genders[place] == (True, False)
             female = genders[place] == (False, True)
@@ -563,6 +574,19 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
         shared = sum(len(content[place] & other) for other in others) / max(1, len(others) * len(content[place]))
         scored.append((-shared, place))
     return tuple(place for _, place in sorted(scored))
+
+
+_BEHIND = {"behind": "front", "front": "behind"}
+
+
+def _fronts(text: Text) -> set[tuple[str, str]]:
+    """What the text has something in front of, or behind."""
+    found = set()
+    for mention in text.mentions:
+        before = text.low[max(0, mention.start - 2) : mention.start]
+        if before[-1:] == ("behind",) or before == ("front", "of"):
+            found.add(("behind" if before[-1] == "behind" else "front", mention.form.key))
+    return found
 
 
 def _absent(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -> tuple[str, ...]:

@@ -70,8 +70,8 @@ PARTICIPLES: frozenset[str] = words_of(
 POSTURES: Mapping[str, str] = {
     "sitting": "sit", "sits": "sit", "seated": "sit", "sit": "sit", "standing": "stand", "stands": "stand",
     "stand": "stand", "laying": "lie", "lying": "lie", "lays": "lie", "lies": "lie", "walking": "walk",
-    "walks": "walk", "running": "run", "runs": "run", "jumping": "jump", "jumps": "jump", "flying": "fly",
-    "flies": "fly", "sleeping": "sleep", "sleeps": "sleep",
+    "walks": "walk", "leaning": "lean", "leans": "lean", "running": "run", "runs": "run", "jumping": "jump",
+    "jumps": "jump", "flying": "fly", "flies": "fly", "sleeping": "sleep", "sleeps": "sleep",
 }  # fmt: skip
 """Words that say how a body is held: texts that differ in them contradict each other."""
 PLACES: frozenset[str] = words_of(
@@ -159,7 +159,7 @@ CLASSES: tuple[frozenset[str], ...] = (ANIMALS, VEHICLES, FURNITURE, FRUIT, CUTL
 """Labels that one would compare with each other."""
 
 NAMES: Mapping[str, str] = {
-    "tv": "TV", "dining table": "table", "sports ball": "ball", "hair drier": "hair dryer", "remote": "remote control",
+    "tv": "TV", "dining table": "table", "sports ball": "", "hair drier": "hair dryer", "remote": "remote control",
     "mouse": "computer mouse",
 }  # fmt: skip
 """What a COCO label is called where its name is no good word for what it is put on."""
@@ -178,7 +178,8 @@ _SAME: Mapping[str, str] = {
     "cat": "kitten kitty", "dog": "puppy", "horse": "pony", "sheep": "lamb", "cow": "cattle/ bull calf",
     "elephant": "", "bear": "polar/bear panda panda/bear grizzly/bear", "zebra": "", "giraffe": "",
     "backpack": "", "umbrella": "parasol", "handbag": "purse", "tie": "necktie bow/tie", "suitcase": "",
-    "frisbee": "", "skis": "", "snowboard": "", "sports ball": "tennis/ball soccer/ball basketball football baseball",
+    "frisbee": "", "skis": "", "snowboard": "",
+    "sports ball": "ball tennis/ball soccer/ball basketball football baseball",
     "kite": "", "baseball bat": "bat", "baseball glove": "mitt", "skateboard": "skate/board",
     "surfboard": "surf/board", "tennis racket": "tennis/racquet racket racquet",
     "bottle": "wine/bottle", "wine glass": "wineglass", "cup": "mug coffee/cup tea/cup teacup", "fork": "",
@@ -228,7 +229,7 @@ _NEAR: Mapping[str, str] = {
     "frisbee": "disc disk",
     "skis": "ski skier skiing pole snowboard",
     "snowboard": "board snowboarder ski",
-    "sports ball": "ball",
+    "sports ball": "",
     "kite": "",
     "baseball bat": "batter baseball",
     "baseball glove": "glove catcher baseball",
@@ -286,7 +287,7 @@ CLOTHES: frozenset[str] = words_of(
 OBJECTS: frozenset[str] = words_of(
     """plate bag box basket tray counter desk lamp mirror window door wall floor carpet rug curtain pillow blanket
     towel shelf cabinet fence building house church tower bridge statue sign pole tree bush flower rock fireplace
-    computer canister container tent ball pot candle painting poster gate roof van pond pool circle square triangle
+    computer canister container tent pot candle painting poster gate roof van pond pool circle square triangle
     star cross ring"""
 )
 ROOMS: frozenset[str] = frozenset({"kitchen", "bathroom", "bedroom", "living room", "office", "classroom"})
@@ -364,7 +365,10 @@ def lexicon() -> Lexicon:
         if "person" in kinds and "person" not in name.concepts and word != "snowman":
             add(word, "person")
         elif "person" not in kinds:
-            add(word, word)
+            # an office chair is a chair; a desk may be a dining table, or none
+            head = keys.get(word.rsplit(" ", 1)[-1], "")
+            known = head in _SAME and word not in _words(_NEAR[head])
+            add(word, head if known and not book.of_label(head)[0].isdisjoint(kinds) else word)
     near: dict[str, set[str]] = {}
     for label, listed in _NEAR.items():
         for word in (*_words(_SAME[label]), *_words(listed), label):

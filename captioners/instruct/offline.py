@@ -152,6 +152,7 @@ class _Composer:
         self.context = facts.context
         self.boxed = facts.boxed()
         self.names = names(facts)
+        self.groups = groups(self.boxed)
         self.soles = [thing for thing in self.boxed if thing.sole and thing.key in self.names]
 
     def write(self, kind: InstructKind, seed: int) -> Instruction:
@@ -233,7 +234,7 @@ class _Composer:
             if thing.count is not None and thing.count > 1:
                 yield _Idea("count", key, partial(self.ask_count, thing))
             if thing.sole:
-                if thing.colour and not thing.colour_in_label and self.has_colour(thing):
+                if thing.colour and self.has_colour(thing):
                     yield _Idea("color", key, partial(self.ask_colour, thing))
                 if thing.material and thing.key not in nouns.ROOMS and thing.key not in nouns.OUTDOORS:
                     yield _Idea("material", key, partial(self.ask_material, thing))
@@ -242,6 +243,8 @@ class _Composer:
             if thing.sole or (thing.several and (thing.count is not None or not thing.boxes)):
                 for deed in telling.deeds(self.facts, thing):
                     yield _Idea("doing", key, partial(self.ask_doing, thing, deed))
+        for group in self.groups:
+            yield _Idea("count", (group.key,), partial(self.ask_count, group))
         for a, b in self.pairs():
             keys = (a.key, b.key)
             if self.relation(a, b):
@@ -274,6 +277,8 @@ class _Composer:
     def has_colour(self, thing: Thing) -> bool:
         """Whether one would ask for its colour: no person, no part of one; clothes only of the one person, so that
         "the shirt" can be only one."""
+        if thing.colour_in_label:
+            return thing.key in self.names and thing.colour[0] not in self.names[thing.key].split()
         person = self.facts.things.get("person")
         if thing.key in nouns.CLOTHES:
             return person is not None and person.sole
@@ -519,7 +524,7 @@ class _Composer:
         """One question, and all that is sure, in order: what happens, what there is, where it is."""
         facts = self.facts
         said: list[str] = []
-        known: set[str] = set()
+        known: dict[str, str] = {}
         content: set[str] = set()
         postures: set[str] = set()
         for bare in (False, True):
@@ -536,7 +541,7 @@ class _Composer:
                 if told is not None:
                     said.append(told)
                     content |= words
-                    known |= telling.keys_of(facts, place)
+                    known = {**telling.keys_of(facts, place), **known}
                     if held is not None:
                         postures.add(held[0])
             if said:
@@ -551,14 +556,16 @@ class _Composer:
             be = self.are(others)
             also = ("There {be} also {items}.", "The picture also shows {items}.", "Besides, there {be} {items}.")
             said.append(self.say(also if said else ("There {be} {items}.",), be=be, items=items))
-        placed = [thing for thing in self.soles[:6] if thing.side or thing.level or thing.central]
-        placed = self.choices.shuffled(list({thing.side or thing.level: thing for thing in placed}.values()))[:2]
-        if placed:
-            short = len(placed) > 1
-            parts = [f"{self.the(thing)} {thing.noun.verb} {_place(thing, short=short)}" for thing in placed]
-            if short:
-                parts[1] = parts[1].replace(" of the picture", "")
-            said.append(f"{capital(self.choices.of((', and ', ', while ')).join(parts))}.")
+        placed = self.choices.shuffled([thing for thing in self.soles[:6] if thing.side or thing.level])
+        placed = list(
+            {thing.side or thing.level: thing for thing in placed if thing.side or not placed[0].side}.values()
+        )[:2]
+        if len(placed) == 2:
+            ends = [f"{self.the(thing)} {thing.noun.verb} {_place(thing, short=True)}" for thing in placed]
+            ends[1] = ends[1].replace(" of the picture", "")
+            said.append(f"{capital(self.choices.of((', and ', ', while ')).join(ends))}.")
+        for thing in (placed or [thing for thing in self.soles if thing.central])[: len(placed) != 2]:
+            said.append(f"{capital(self.the(thing))} {thing.noun.verb} {_place(thing)}.")
         related = [(a, b) for a, b in self.pairs() if self.relation(a, b) and not (a in placed and b in placed)]
         relations: set[str | None] = set()
         for a, b in self.choices.shuffled(related)[:4]:
@@ -844,6 +851,8 @@ class _Composer:
                 for side, place in self.outermost(thing):
                     add("outermost", partial(self.ask_outermost, thing, side, place))
             add("region", partial(self.region, thing))
+        for group in self.groups:
+            add("all", partial(self.point_out, group))
         for a, b in self.pairs():
             if self.relation(a, b):
                 add("relation", partial(self.linked_relation, a, b))
@@ -892,8 +901,8 @@ class _Composer:
         questions = (
             "What is at {link} in this picture?",
             "What do you see in the region {link} of the picture?",
-            "What is in the part {link} of the picture?",
-            "Name what you see at {link} here.",
+            "What is there at {link} in the picture?",
+            "Name the thing at {link} in the picture.",
         )
         link = _link("", (self.choices.of(thing.boxes),))
         name = self.one(thing)
@@ -938,7 +947,7 @@ class _Composer:
         questions = (
             "Where {is} {first} in relation to {second}?",
             "How {is} {first} placed relative to {second}?",
-            "How do you find {one} placed relative to {two} here?",
+            "How are {one} and {two} placed relative to each other?",
         )
         answer = f"{capital(first)} {a.noun.verb} {self.relation(a, b)} {second}."
         question = self.say(
@@ -982,6 +991,8 @@ class _Talk:
     topics: list[str] = field(default_factory=list)
     spoken: set[str] = field(default_factory=set)
     """The things that answers were about."""
+    counted: set[str] = field(default_factory=set)
+    """Those of which answers gave the number."""
     asked: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
     def allows(self, idea: _Idea) -> bool:
@@ -989,9 +1000,9 @@ class _Talk:
         if self.topics.count(idea.topic) >= 2:
             return False
         topic = "paired" if idea.topic in _PAIRED else idea.topic
-        return (topic, frozenset(idea.keys)) not in self.asked and (
-            idea.topic != "count" or ("present", frozenset(idea.keys)) not in self.asked
-        )
+        if idea.topic in ("count", "more") and not self.counted.isdisjoint(idea.keys):
+            return False
+        return (topic, frozenset(idea.keys)) not in self.asked
 
     def add(self, pair: Pair | None, keys: Iterable[str], topic: str) -> None:
         """Takes a question and its answer, unless they say what was said."""
@@ -1008,6 +1019,8 @@ class _Talk:
         self.topics.append(topic)
         keys = frozenset(keys)
         self.spoken |= keys
+        if topic in ("count", "more", "present"):
+            self.counted |= keys
         self.asked.add(("paired" if topic in _PAIRED else topic, keys))
 
 
@@ -1051,6 +1064,23 @@ def _place(thing: Thing, *, short: bool = False) -> str:
     return f"at the {level} of the picture" if level else "in the middle of the picture"
 
 
+def groups(boxed: Sequence[Thing]) -> list[Thing]:
+    """Things of several labels that differ in size or colour alone, taken together: the circles."""
+    heads: dict[str, list[Thing]] = {}
+    for thing in boxed:
+        heads.setdefault(nouns.described(thing.key).head, []).append(thing)
+    return [
+        Thing(
+            head,
+            nouns.noun(head),
+            tuple(place for thing in alike for place in thing.boxes),
+            sum(thing.count or 0 for thing in alike),
+        )
+        for head, alike in heads.items()
+        if len(alike) > 1 and all(thing.count is not None and thing.key.lower() != head for thing in alike)
+    ]
+
+
 def names(facts: Facts) -> dict[str, str]:
     """What the one of each label is called; without those that would share a name."""
     found: dict[str, str] = {}
@@ -1064,7 +1094,9 @@ def names(facts: Facts) -> dict[str, str]:
         parts = nouns.described(thing.key)
         if thing.key == "person":
             found[thing.key] = _person(thing)
-        elif parts.head == thing.key.lower() or not thing.boxes:
+        elif not thing.boxes:
+            found[thing.key] = " ".join((*_sizes(thing), thing.noun.one))
+        elif parts.head == thing.key.lower():
             found[thing.key] = thing.noun.one
         elif heads[parts.head] == 1:
             found[thing.key] = parts.head
@@ -1074,6 +1106,12 @@ def names(facts: Facts) -> dict[str, str]:
             found[thing.key] = thing.noun.one
     times = Counter(found.values())
     return {key: name for key, name in found.items() if times[name] == 1}
+
+
+def _sizes(thing: Thing) -> list[str]:
+    """The size that all texts give what has no box: "the large star" leaves room for another star."""
+    said = {tuple(word for word in mention.adjectives if word in nouns.SIZES) for mention in thing.mentions}
+    return list(said.pop()) if len(said) == 1 else []
 
 
 def _person(thing: Thing) -> str:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +27,7 @@ _WITH = words_of(
 """Words after a noun that leave it a phrase."""
 _PLURAL_GROUPS = words_of("group couple number bunch herd flock crowd lot family team handful pair")
 """``a group of people are``; but ``a pile of books is``."""
+_NOTHING: Mapping[str, str] = {}
 _OBJECT = words_of("a an the his her its their up down off over out through")
 
 
@@ -52,10 +53,10 @@ def key_of(facts: Facts, mention: Mention) -> str | None:
     return None
 
 
-def keys_of(facts: Facts, place: int) -> set[str]:
-    """All that a text is about, as labels or nouns."""
-    mentions = facts.texts[place].mentions
-    return {key_of(facts, mention) or mention.form.key for mention in mentions if mention.head}
+def keys_of(facts: Facts, place: int) -> dict[str, str]:
+    """All that a text is about, as labels or nouns, and the first word for each."""
+    mentions = [mention for mention in facts.texts[place].mentions if mention.head]
+    return {key_of(facts, mention) or mention.form.key: mention.form.word for mention in reversed(mentions)}
 
 
 def linked(facts: Facts, mention: Mention) -> tuple[int, ...]:
@@ -76,10 +77,16 @@ def content(text: Text) -> set[str]:
 
 def posture(text: Text) -> tuple[str, str] | None:
     """The noun that a text begins with and how that holds itself: ``("person", "sit")``."""
-    for mention in text.mentions[:1]:
-        for word in text.low[mention.end : mention.end + 2]:
-            if word in nouns.POSTURES:
-                return mention.form.key, nouns.POSTURES[word]
+    if not text.mentions:
+        return None
+    first = text.mentions[0]
+    end = next(
+        (mention.start for mention in text.mentions[1:] if nouns.noun(mention.form.key).live and mention.head),
+        len(text.low),
+    )
+    for word in text.low[first.end : end]:
+        if word in nouns.POSTURES:
+            return first.form.key, nouns.POSTURES[word]
     return None
 
 
@@ -89,7 +96,7 @@ def tell(
     choices: Choices,
     *,
     bare: bool,
-    known: Set[str] = frozenset(),
+    known: Mapping[str, str] = _NOTHING,
     link: bool = False,
 ) -> str | None:
     """A text as a statement.
@@ -99,7 +106,7 @@ def tell(
         place: the text's position.
         choices: for the words put before a phrase ("The picture shows").
         bare: whether a phrase without a verb will do.
-        known: what was mentioned before: "a dog" is "the dog" now.
+        known: what was mentioned before, and by which word: "a dog" is "the dog" now.
         link: whether phrases become mentions of boxes.
 
     Returns:
@@ -135,6 +142,8 @@ def tell(
         if key not in known or not mention.head:
             continue
         thing = facts.things.get(key)
+        if key != "person" and known[key] != mention.form.word and key not in (known[key], mention.form.word):
+            return None  # "a canary" after "a parakeet"
         if text.low[mention.start] not in ("a", "an"):
             if mention.number is not None or mention.several or (mention is first and text.low[mention.start] != "the"):
                 return None  # "two dogs" again, or a bare "dog": perhaps others
