@@ -78,6 +78,11 @@ class Evidence:
         """Whether something of this name may be said to be in the picture."""
         return name.free or not name.concepts.isdisjoint(self.licensed)
 
+    def licenses_kind(self, name: Name) -> bool:
+        """Whether something that this name is a kind of may be said to be in the picture."""
+        kinds = vocabulary().kinds
+        return any(not kinds.get(concept, frozenset()).isdisjoint(self.licensed) for concept in name.concepts)
+
     def is_crowded(self, concepts: frozenset[str]) -> bool:
         """Whether instances of these are unboxed or lumped together."""
         kinds = vocabulary().kinds
@@ -99,9 +104,19 @@ def _qualifies(noun: Noun, behind: Noun) -> bool:
     )
 
 
+def _goes_on(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
+    """``uniform`` in ``a uniform background``: an adjective, for a noun that is not listed follows."""
+    behind = tokens[noun.end] if noun.end < len(tokens) else ","
+    if behind in FUNCTION or not behind.isalpha() or behind.endswith(("ing", "ed", "s", "ly")):
+        return False
+    return all(other.start != noun.end for other in found)
+
+
 def _is_noun(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
     if not noun.name.homograph:
         return True
+    if not noun.name.plural and _goes_on(noun, tokens, found):
+        return False
     before = tokens[noun.start - 1] if noun.start else None
     behind = tokens[noun.end] if noun.end < len(tokens) else None
     ends = {other.end for other in found}

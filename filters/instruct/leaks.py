@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from filters.instruct.words import words_of
 
@@ -118,6 +119,9 @@ def obeyed(answer: str, texts: tuple[str, ...]) -> str | None:
                 run = words[at : at + size]
                 if any(word in telling for word in run) and f" {' '.join(run)} " in joined:
                     return " ".join(run)
+        for pair in pairwise(words):
+            if all(word in telling for word in pair) and f" {' '.join(pair)} " in joined:
+                return " ".join(pair)
         if len(telling) <= 4 and all(word in said for word in telling):
             return " ".join(telling)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from filters.instruct.evidence import Evidence, Labelled, negated
 from filters.instruct.vocabulary import Noun, vocabulary
@@ -54,6 +54,7 @@ _CLAUSES = (
     ", although ",
 )
 _PICTURE = words_of("image picture photo photograph images pictures photos photographs")
+_SCENES = words_of("room street field beach park forest court yard kitchen bathroom")
 _PRONOUN = re.compile(r"\b(?:it|they|he|she|one)\b")
 _ATTACHED = words_of("with in on of at near holding wearing under behind over by beside riding carrying onto from like")
 _TO = words_of(
@@ -124,6 +125,7 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
                 matches.append((match.start(), match.end(), where, (), match[0].strip()))
     matches.sort(key=lambda found: (found[0], found[1]))
     lower, previous = 0, (0, 0)
+    last: tuple[list[Noun], int] | None = None
     for start, end, where, objects, words in matches:
         if (start, end) != previous:
             lower = previous[1] if previous[1] <= start else 0
@@ -136,12 +138,14 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
         subjects = [nouns[int(place[1])] for place in _PLACE.finditer(before)]
         if not subjects and _PRONOUN.search(before):
             subjects = [nouns[int(place[1])] for place in _PLACE.finditer(text[:start])] or list(spoken_of)
-        inverted = not subjects
-        if inverted:
+        if not subjects and last and re.fullmatch(r"[ ,]*(?:and )?", text[last[1] : start]):
+            subjects = last[0]
+        if not subjects:
             rest = min((later[0] for later in matches if later[0] > start), default=len(text))
             after = [nouns[int(place[1])] for place in _PLACE.finditer(text[end:rest] if rest > end else text[end:])]
             subjects = after[:1]
         if subjects:
+            last = (subjects, end)
             denied = shift(start) in absent
             yield Relation(
                 tuple(subjects),
@@ -229,6 +233,9 @@ def relation_holds(
     relation: Relation, evidence: Evidence, tokens: Sequence[str], width: int, height: int
 ) -> bool | None:
     """Whether some of the subjects stand so to some of the objects; null where one of them has no box."""
+    scene = relation.where in ("left", "right") and len(relation.objects) == 1 and is_scene(relation.objects[0])
+    if scene and not _things(relation.objects[0], evidence, tokens):
+        relation = replace(relation, objects=())
     subjects = [things for noun in relation.subjects if (things := _things(noun, evidence, tokens))]
     objects = [_things(noun, evidence, tokens) for noun in relation.objects]
     unboxed = [noun for noun in relation.subjects if not _things(noun, evidence, tokens)]
@@ -251,6 +258,12 @@ def relation_holds(
             if relative and _stands(thing, relation.where, [others], width, height):
                 return True
     return False
+
+
+def is_scene(noun: Noun) -> bool:
+    """Whether a noun is a place that fills the picture: its left is the picture's."""
+    kinds = vocabulary().kinds
+    return any(not _SCENES.isdisjoint(kinds.get(concept, ())) for concept in noun.name.concepts)
 
 
 def _is_attached(noun: Noun, tokens: Sequence[str]) -> bool:

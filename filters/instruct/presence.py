@@ -15,6 +15,7 @@ _HEDGES = words_of(
     "preparing ready expect avoid prevent protect ensure risk risks danger intended meant used use allow allows "
     "purpose will possible potential future later before after unless even whether"
 )
+_UNSURE = words_of("might may could likely possibly perhaps probably maybe seems suggesting suggests presumably")
 _LIKENESS = words_of("like as resembling resembles resemble shaped themed style styled")
 _POLAR = (
     ("is", "there"),
@@ -50,6 +51,9 @@ def presence_faults(sentences: Sequence[list[str]], evidence: Evidence, hedged: 
             for noun in nouns:
                 if noun.start in absent or evidence.licenses(noun.name) or _likeness(words, noun):
                     continue
+                unsure = not _UNSURE.isdisjoint(words)
+                if unsure and (noun.words in _ANYBODY or evidence.licenses_kind(noun.name)):
+                    continue  # "maybe a labrador" of a dog
                 if not (hedged and noun.words in _ANYBODY) and not ("sign" in noun.name.concepts and QUOTE in words):
                     yield f"{noun.words}: neither texts nor boxes have it"
         if absent:
