@@ -20,6 +20,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from captioners.chat import SECTION, WRITER_REASONS, NoAnswer, PaidChat, model_identity, told
@@ -408,9 +409,13 @@ class _Collection:
         self._files = BatchFiles(dataset)
         self._state: State = self._files.state()
         self._pending = self._files.pending()
+
+    @cached_property
+    def _client(self) -> ChatClient:
+        """Reads answers, and asks nothing."""
         url = self._chat.endpoint.base_url
-        key = api_key(url, run.instruct.writer.api_key_env, SECTION) if url else None
-        self._client = ChatClient(self._chat.endpoint, key, WRITER_REASONS, Probe(_no_probe, "", ""), tidy=chat_text)
+        key = api_key(url, self._run.instruct.writer.api_key_env, SECTION) if url else None
+        return ChatClient(self._chat.endpoint, key, WRITER_REASONS, Probe(_no_probe, "", ""), tidy=chat_text)
 
     def run(self) -> int:
         count = self._brought()
