@@ -20,9 +20,11 @@ from captioners.instruct.leaks import leaks
 from captioners.instruct.parsing import Parsed
 from captioners.instruct.prompting import Message, Prompts
 from filters.instruct import CHECKS_VERSION, check
-from pairmill.instructions import KINDS, Finding, Instruction, Task
+from pairmill import answers
+from pairmill.instructions import KINDS, Context, Finding, Instruction, Task
 from pairmill.sources.download import in_own_loop
 from pairmill.stage import Resources
+from pairmill.store import Dataset
 from schemas import config
 from schemas.reasons import DEFERRED, Reason
 
@@ -81,6 +83,17 @@ class Questions:
             "version": VERSION,
         }
 
+    def messages(self, task: Task) -> tuple[Message, ...]:
+        """What is said to the model."""
+        return tuple(self.prompts.messages(task, self.max_texts, self.max_boxes))
+
+    def request(self, task: Task, number: int, messages: tuple[Message, ...] | None = None) -> ChatRequest:
+        """What is asked for the answer of this number. Its seed follows from the run's, the uid, the kind and the
+        number."""
+        sent = self.messages(task) if messages is None else messages
+        seed = answer_seed(self.seed, task.context.uid, task.kind, number)
+        return ChatRequest(sent, self.max_tokens, self.temperature, self.top_p, seed)
+
     def attempt(self, task: Task) -> Attempt:
         """Begin with a task."""
         return Attempt(self, task)
@@ -112,22 +125,15 @@ class Attempt:
         self._completion_tokens = 0
         self._cost = 0.0
         if prompting.something_to_say(task, questions.max_texts, questions.max_boxes):
-            self._messages = tuple(questions.prompts.messages(task, questions.max_texts, questions.max_boxes))
+            self._messages = questions.messages(task)
         else:
             what = "no box" if task.kind == "grounding" else "no text" if task.kind == "conversation" else "nothing"
             self._fail(Reason.WRITER_NOTHING_TO_SAY.value, f"the model could be told {what}")
 
     @property
     def request(self) -> ChatRequest:
-        """What to ask next. The seed follows from the run's, the uid, the kind and the number of the answer."""
-        asked = self._questions
-        return ChatRequest(
-            self._messages,
-            asked.max_tokens,
-            asked.temperature,
-            asked.top_p,
-            answer_seed(asked.seed, self.task.context.uid, self.task.kind, self._answers),
-        )
+        """What to ask next."""
+        return self._questions.request(self.task, self._answers, self._messages)
 
     def answered(self, text: str, prompt_tokens: int, completion_tokens: int, cost: float) -> None:
         """The model answered the last `request`."""
@@ -209,6 +215,19 @@ class EndpointWriter:
     def identity(self) -> Mapping[str, Any]:
         """What determines its answers."""
         return self.questions.identity()
+
+    def worth_asking(self, reason: str) -> bool:
+        """Whether tasks that got no answer for this reason may get one now: not while the budget is spent."""
+        limits = self.chat.budget
+        if reason != Reason.WRITER_BUDGET or (limits.tokens is None and limits.money is None):
+            return True
+        nothing = Context("", (), (), 0, 0)
+        asked = (self.questions.request(Task(nothing, kind), 0) for kind in KINDS)
+        least = min((self.chat.bound(request) for request in asked), key=lambda bound: bound.tokens)
+        tokens, money = answers.spent(Dataset(self.chat.dataset))
+        return (limits.tokens is None or tokens + least.tokens <= limits.tokens) and (
+            limits.money is None or money + least.cost <= limits.money
+        )
 
     def open(self) -> Callable[[Sequence[Task]], list[Instruction]]:
         """Check that there is a key.

@@ -204,6 +204,19 @@ def test_no_answer_waits_for_a_later_run(tmp_path: Path):
         assert stored_well(written) and written.answers == 1
 
 
+def test_while_the_budget_is_spent_nothing_is_worth_asking(tmp_path: Path):
+    with EndpointServer(good) as server:
+        writer = EndpointWriter.of(settings(tmp_path / "dataset", server.base_url, budget={"tokens": 9_000}))
+        assert writer.worth_asking("writer.budget")
+        tasks = [Task(told(uid=f"{n:064x}"), "conversation") for n in range(12)]
+        written = writer.open()(tasks)
+        assert {one.reason for one in written} == {None, "writer.budget"}
+        assert not writer.worth_asking("writer.budget") and writer.worth_asking("writer.timeout")
+        richer = EndpointWriter.of(settings(tmp_path / "dataset", server.base_url, budget={"tokens": 90_000}))
+        assert richer.worth_asking("writer.budget")
+        assert all(stored_well(one) for one in richer.open()(tasks)) and len(server.requests) == 12
+
+
 def test_mentions_of_boxes_that_were_not_told(tmp_path: Path):
     text = answer("grounding").replace("box:2)", "box:7)")
     (written,), _ = ask(tmp_path, lambda _: writes(text), Task(CONTEXT, "grounding"))
