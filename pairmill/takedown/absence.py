@@ -1,6 +1,7 @@
 """Proof that what was taken down is gone: every file of a dataset and of its exports is read.
 
 Parquet files are decoded, whatever version names them or none, and tars are unpacked; all else is read as bytes.
+An image file is known by the hash of its bytes, too.
 Compared are uids, the hashes of URLs, of their domains and of images: those in columns, and those of the stored bytes.
 Where the values themselves are given, their bytes are looked for too, in every file and in every decoded text.
 """
@@ -244,6 +245,7 @@ def _check(needles: _Needles, fs: Any, path: str, name: str) -> _Result:
 
 def _bytes(needles: _Needles, fs: Any, path: str, name: str, result: _Result, *, listed: bool, tokens: bool) -> None:
     looks = bool(needles.literals or needles.hash_literals or needles.hosts) or tokens
+    digest = hashlib.sha256() if name.lower().endswith(_PICTURES) and needles.stones.sha256 else None
     if not looks:
         result.bytes += int(fs.size(path))
         return
@@ -252,6 +254,8 @@ def _bytes(needles: _Needles, fs: Any, path: str, name: str, result: _Result, *,
         start, rest = 0, b""
         while chunk := file.read(CHUNK):
             data = rest + chunk
+            if digest:
+                digest.update(chunk)
             seen.update((start + place, kind) for place, kind in needles.in_bytes(data, listed=listed))
             if tokens:
                 seen.update((start + place, kind) for place, kind in needles.in_tokens(data))
@@ -259,6 +263,8 @@ def _bytes(needles: _Needles, fs: Any, path: str, name: str, result: _Result, *,
             rest = data[-_LONGEST:]
             start += len(data) - len(rest)
     result.traces += [Trace(name, f"byte {place}", kind) for place, kind in sorted(seen)]
+    if digest and digest.hexdigest() in needles.stones.sha256:
+        result.traces.append(Trace(name, "the image", "sha256"))
 
 
 def _tar(needles: _Needles, fs: Any, path: str, name: str, result: _Result) -> None:

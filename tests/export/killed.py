@@ -2,7 +2,7 @@
 
 The job (JSON) names what to run, ``export`` or ``takedown``. In the copy number n of the folder the program is killed
 before the n-th time that it creates, renames or removes a file there, and then run to its end. So it goes on until a
-program was not killed, because it has fewer steps.
+program was not killed, because it has fewer steps. With ``stride`` only each stride-th step is tried.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def forked(run: Callable[[], None]) -> int:
 def main(job: dict[str, Any]) -> None:
     ends: list[dict[str, Any]] = []
     while not ends or ends[-1]["killed"]:
-        step = len(ends) + 1
-        out = f"{job['copies']}/{step:02d}"
+        step = len(ends) * job.get("stride", 1) + 1
+        out = f"{job['copies']}/{step:03d}"
         shutil.copytree(job["folder"], out)
 
         def die(step: int = step, out: str = out) -> None:
@@ -80,7 +80,7 @@ def main(job: dict[str, Any]) -> None:
             work(job, out)
 
         killed = os.WIFSIGNALED(forked(die))
-        between = sorted(os.listdir(out))
+        between = sorted(str(path.relative_to(out)) for path in Path(out).rglob("*"))
         again = forked(lambda out=out: work(job, out))
         ends.append({"out": out, "killed": killed, "between": between, "again": again})
     print(json.dumps(ends))
