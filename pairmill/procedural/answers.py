@@ -640,8 +640,12 @@ class _Reader:
         for pattern, kind in _QUESTIONS:
             if found := pattern.search(text):
                 return self._specified(kind, text, found)
+        if _DESCRIBE.search(text):
+            return _OPEN
         asked = self._yes_no(text)
-        return asked or _OPEN
+        if asked is None:
+            raise _NotUnderstood(text)
+        return asked
 
     def _specified(self, kind: str, text: str, found: re.Match[str]) -> _Frame:
         about = tuple(place for group in found.groups() for place in _phrases_in(group))
@@ -651,12 +655,14 @@ class _Reader:
             for pattern, relation in _COMPARATIVE:
                 if pattern.search(text) or (relation == "larger" and "compare how large" in text):
                     return _Frame(kind, about, relation)
-            return _OPEN
+            raise _NotUnderstood(text)
         if kind == "what":
             for pattern, relation in _RELATION:
                 if re.search(rf"(?:{pattern.pattern}) N\d+$", text):
                     return _Frame(kind, about, relation)
-            return _Frame("identity", about) if self.meant(about[0]).boxes is not None else _OPEN
+            if self.meant(about[0]).boxes is None:
+                raise _NotUnderstood(text)
+            return _Frame("identity", about)
         if kind == "difference" and text.startswith("do "):
             more = self.count(about[0]) > self.count(about[1])
             return _Frame(kind, about, claims=_Claims([], [((), lambda: more)]))
@@ -952,6 +958,15 @@ _STATEMENTS: tuple[tuple[re.Pattern[str], Callable[[_Reader, _Claims, re.Match[s
 )
 """Sentences with a verb, and what reads them."""
 
+_DESCRIBE = re.compile(
+    r"^(?:describe|walk me|sum up|everything|(?:give|write) an? |i would like an? (?:long |detailed )?description"
+    rf"|what (?:does {_PICTURE} show|is (?:going on|happening)|can be seen|do you see here|{_PICTURE} shows)"
+    rf"|what is$|what is in {_PICTURE}|what is {_PICTURE} about|what is this an? (?:picture|image|photo) of"
+    r"|in (?:one|a) sentence what|what else can you say|is there anything else"
+    r"|can you (?:add anything|put that another way|describe|what is))"
+)
+"""Questions that any true description answers."""
+
 _N = r"(N\d+)"
 _QUESTIONS = tuple(
     (re.compile(pattern), kind)
@@ -977,13 +992,15 @@ _QUESTIONS = tuple(
         (rf"(?:which|what) .*{_N} or {_N}", "choice"),
         (rf"compare how large {_N} and {_N} appear", "choice"),
         (rf"{_N} (?:in relation|placed relative|relative|compared) to {_N}", "where"),
+        (rf"how (?:is|are) {_N} and {_N} placed relative to each other", "where"),
         (rf"on which side of {_N} (?:is|are) {_N}", "side of"),
         (rf"(?:which part|whereabouts|which side|where in|where on|where would you look)\b.* {_N}", "where"),
         (
             rf"^(?:where (?:is|are)|locate|point (?:out|to|at)|show me|find|mark|can you find) {_N}(?: please .*)?$",
             "find",
         ),
-        (rf"^(?:name )?what\b.* {_N}(?: of {_PICTURE}| here)?$", "what"),
+        (rf"^(?:name )?what\b.* {_N}(?: (?:of|in) {_PICTURE}| here)?$", "what"),
+        (rf"^name N\d+ (?:at|in) {_N}(?: (?:of|in) {_PICTURE}| here)?$", "what"),
     )
 )
 """What a question asks for, with the phrases that it asks about."""
