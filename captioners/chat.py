@@ -183,7 +183,7 @@ class PaidChat:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(live.client)
             live.journal = await stack.enter_async_context(journal)
-            live.asking = {}
+            live.begin()
             live.ending = stack.pop_all()
         self._live = live
         return self
@@ -316,7 +316,14 @@ class _Live:
         self.client = ChatClient(endpoint, chat.check_key(), WRITER_REASONS, _PROBE, tidy=chat_text)
         workers = int(os.environ.get(WORKERS_ENV, "1"))
         self._requests = Pace(endpoint.requests_per_minute and endpoint.requests_per_minute / workers)
+        self._stopped: ConfigError | StageFailed | None = None
+        """What concerns every request, so that no further one is sent."""
         self._tokens = Pace(endpoint.tokens_per_minute and endpoint.tokens_per_minute / workers)
+
+    def begin(self) -> None:
+        """With a batch of requests."""
+        self.asking = {}
+        self._stopped = None
 
     async def pay(self, uid: str, shard: int, purpose: str, digest: str, request: ChatRequest) -> Answer:
         """A new answer that can be used.
@@ -331,13 +338,19 @@ class _Live:
                 return await self._send(uid, shard, purpose, digest, asked, paid)
             return await self._send(uid, shard, "probe", self._chat.endpoint.digest(asked), asked, [])
 
-        await self.client.ask(lambda _: request, digest, anew=False, send=send)
+        try:
+            await self.client.ask(lambda _: request, digest, anew=False, send=send)
+        except (ConfigError, StageFailed) as error:
+            self._stopped = error
+            raise
         return paid[-1]
 
     async def _send(
         self, uid: str, shard: int, purpose: str, digest: str, request: ChatRequest, paid: list[Answer]
     ) -> Completion:
         """One request, with all that is due before and after."""
+        if self._stopped is not None:
+            raise type(self._stopped)(str(self._stopped))
         bound = self._chat.bound(request)
         took, paced = 0, False
 

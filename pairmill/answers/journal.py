@@ -21,6 +21,8 @@ from schemas.config import Budget
 
 _TRANCHE = 64
 """How many requests like the present one a session's share grows by, so that not each of them changes the spending."""
+_PARTS = 4
+"""It grows by no more than this part of what is left, so that others get some, too."""
 _POLL_S = 0.05
 _POLL_STORE_S = 1.0
 _SLACK = 1e-9
@@ -290,8 +292,9 @@ class Journal:
         may spend, and the shares of the others."""
         left = self._limits.left(spending, self._place, self._session)
         if left.allow(used[0] + bound.tokens, used[1] + bound.cost):
-            tokens, cost = used[0] + _TRANCHE * bound.tokens, used[1] + _TRANCHE * bound.cost
-            granted, state = Limits(int(min(left.tokens, tokens)), min(left.cost + _SLACK, cost)), "open"
+            tokens = used[0] + max(bound.tokens, min(_TRANCHE * bound.tokens, (left.tokens - used[0]) / _PARTS))
+            cost = used[1] + max(bound.cost, min(_TRANCHE * bound.cost, (left.cost - used[1]) / _PARTS))
+            granted, state = Limits(int(tokens), cost), "open"
         else:
             granted, state = Limits(*used), "open" if busy else "idle"
         spending.sessions[self._session] = Share(int(granted.tokens), granted.cost, state, self._holder)

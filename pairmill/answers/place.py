@@ -154,8 +154,9 @@ class Disk(Place):
         os.makedirs(self.folder, exist_ok=True)
         with open(posixpath.join(self.folder, ".lock"), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            spending = self.load() or self.made()
-            before = spending.to_bytes()
+            stored = self.load()
+            spending = stored or self.made()
+            before = spending.to_bytes() if stored else b""
             result = change(spending)
             if (after := spending.to_bytes()) != before:
                 temporary = f"{self.spending}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -275,7 +276,7 @@ class DiskLines:
 
     def sync(self) -> None:
         """Make all lines last through a loss of power."""
-        for descriptor, _ in self._open.values():
+        for descriptor, _ in list(self._open.values()):
             with contextlib.suppress(OSError):
                 os.fsync(descriptor)
         if self._open:

@@ -82,7 +82,21 @@ def _forget(config: str, overrides: list[str], **arguments: Any) -> None:
     forget(dataset, Selectors(**{k: tuple(v) for k, v in arguments.items()}), Silent(), wait_s=60)
 
 
-VERBS: dict[str, Callable[..., None]] = {"refresh": _refresh, "forget": _forget}
+def _answers(name: str) -> Callable[..., None]:
+    def work(config: str, overrides: list[str], **arguments: Any) -> None:
+        from tests.answers import asking
+
+        getattr(asking, name)(config, overrides, **arguments)
+
+    return work
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "refresh": _refresh,
+    "forget": _forget,
+    "ask": _answers("ask_some"),
+    "fold": _answers("fold_all"),
+}
 
 
 class _Steps:
@@ -123,6 +137,8 @@ def _child(job: dict[str, Any], out: int) -> None:
     steps.watch(DeltaTable, "create")
     for owner, name in ((os, "unlink"), (os, "remove")) if job.get("removals") else ():
         steps.watch(owner, name)
+    if job.get("writes"):
+        steps.watch(os, "write")
     begin = time.monotonic()
     error, code = "", 0
     try:
@@ -163,6 +179,7 @@ def main() -> None:
     """Answer lines of jobs until there are none."""
     import pairmill.run
     import pairmill.sources.url_table  # noqa: F401 (imported once, before the forks)
+    import tests.answers.asking
     import tests.steps  # noqa: F401
 
     for line in sys.stdin:

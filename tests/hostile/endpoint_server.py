@@ -7,7 +7,7 @@ import base64
 import json
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -197,3 +197,79 @@ class InTurn:
         answers = self._answers.get(asked.image, [good("A plain picture.")])
         self.count[asked.image] += 1
         return answers[min(self.count[asked.image], len(answers)) - 1]
+
+
+class Meter:
+    """An endpoint that bills. Each request that it begins to answer is billed, by a count of its own, whether or not
+    the answer arrives; answers that were sent to their end are counted. Both by the request's Idempotency-Key.
+
+    Args:
+        fault: What a request gets in place of a good answer, by its key and how often it came before.
+        delay_s: How long an answer takes.
+        usage: What is said of the usage, given what is so.
+        remembers: Answers that were billed are given again for nothing, as the key asks for.
+        hold: No answer is given before so many requests waited for one at the same time.
+    """
+
+    def __init__(
+        self,
+        fault: Callable[[str, int], Answer | None] = lambda _key, _times: None,
+        *,
+        delay_s: Callable[[str], float] = lambda _: 0.0,
+        usage: Callable[[dict[str, int]], Any] = lambda usage: usage,
+        remembers: bool = False,
+        hold: int = 0,
+    ) -> None:
+        self._fault = fault
+        self._delay_s = delay_s
+        self._usage = usage
+        self._remembers = remembers
+        self._hold = hold
+        self._waiting = 0
+        self._lock = threading.Lock()
+        self.came: Counter[str] = Counter()
+        self.billed: Counter[str] = Counter()
+        self.delivered: Counter[str] = Counter()
+        self.tokens = 0
+
+    def __call__(self, asked: Asked) -> Answer:
+        key = asked.headers["Idempotency-Key"]
+        with self._lock:
+            times = self.came[key]
+            self.came[key] += 1
+        return self._fault(key, times) or self.good(asked)
+
+    def good(self, asked: Asked, text: str | None = None, finish: str = "stop") -> Answer:
+        """A billed answer: `text`, or what the last message says, told again."""
+        key = asked.headers["Idempotency-Key"]
+        words = str(asked.body["messages"][-1]["content"]).split() if text is None else text.split()
+        said = words[: asked.body["max_tokens"]]
+        usage = {
+            "prompt_tokens": sum(7 + len(m["content"].encode()) // 3 for m in asked.body["messages"]),
+            "completion_tokens": len(said),
+        }
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            with self._lock:
+                if not (self._remembers and self.billed[key]):
+                    self.billed[key] += 1
+                    self.tokens += sum(usage.values())
+            self._waiting += 1
+            while self._waiting < self._hold:
+                await asyncio.sleep(0.01)
+            self._hold = 0
+            self._waiting -= 1
+            await asyncio.sleep(self._delay_s(key))
+            body = {**completion(" ".join(said), finish), "usage": self._usage(usage)}
+            data = json.dumps(body).encode()
+            response = web.StreamResponse(
+                headers={"Content-Type": "application/json", "Content-Length": str(len(data))}
+            )
+            await response.prepare(request)
+            await response.write(data)
+            await response.write_eof()
+            with self._lock:
+                self.delivered[key] += 1
+            return response
+
+        return answer
