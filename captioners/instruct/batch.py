@@ -40,6 +40,7 @@ from captioners.instruct.batch_files import (
     BatchFiles,
     Pending,
     State,
+    Waiting,
 )
 from captioners.instruct.endpoint import Attempt, Questions
 from pairmill import answers
@@ -210,7 +211,7 @@ class _Submission:
         self._chat = chat_of(run)
         self._files = BatchFiles(dataset)
         self._state = self._files.state()
-        self._pending: dict[str, Pending] = {}
+        self._pending: dict[str, Waiting] = {}
 
     def run(self) -> int:
         batches = self._files.batches()
@@ -218,19 +219,19 @@ class _Submission:
         sent = sum(self._go_on(batch) for batch in batches if batch.state not in (SENT, HANDED))
         while ready:
             group = self._group(ready)
-            batch = self._make(group) if group else None
-            if batch is None:
+            if not group:
                 self._reporter.note(
                     f"instruct.budget leaves no room for {len(ready)} more requests; raise it and run again"
                 )
                 break
+            batch = self._files.save(Batch(secrets.token_hex(8), MADE, utc_now(), group))
             if not (now := self._go_on(batch)):
                 break
             sent += now
             ready = ready[len(group) :]
         return sent
 
-    def _ready(self, flying: Collection[str]) -> list[Pending]:
+    def _ready(self, flying: Collection[str]) -> list[Waiting]:
         """What is to be sent; what waits for nothing any more is removed."""
         every, writer = self._files.pending(), self._writer.digest()
         by_shard: dict[int, list[str]] = defaultdict(list)
@@ -239,15 +240,15 @@ class _Submission:
         stored: set[str] = set()
         for shard, digests in by_shard.items():
             stored |= answers.lookup(self._dataset, shard, digests).keys()
-        last: dict[tuple[str, str], Pending] = {}
+        last: dict[tuple[str, str], Waiting] = {}
         for request in every.values():
             key = (request.uid, request.purpose)
             if request.writer == writer and request.digest not in stored:
                 last[key] = max(last.get(key, request), request, key=lambda r: (r.at, r.digest))
         wanted = {request.digest for request in last.values()}
         self._files.keep((wanted | set(flying)) - stored)
-        self._pending = {digest: every[digest] for digest in (wanted | set(flying)) - stored if digest in every}
-        ready = [every[digest] for digest in wanted - set(flying)]
+        self._pending = self._files.pending()
+        ready = [self._pending[digest] for digest in wanted - set(flying)]
         given_up = [r for r in ready if self._state.failures.get(r.digest, (0, ""))[0] > self._writer.retries]
         if given_up:
             self._reporter.note(
@@ -257,36 +258,28 @@ class _Submission:
         left = set(map(id, given_up))
         return sorted((r for r in ready if id(r) not in left), key=lambda r: (r.shard, r.uid, r.purpose, r.digest))
 
-    def _group(self, ready: Sequence[Pending]) -> list[Pending]:
-        """The first requests that fit into one file and into what is left of the budget."""
+    def _group(self, ready: Sequence[Waiting]) -> dict[str, Asked]:
+        """The first requests that fit into one file and into what is left of the budget, by digest."""
         limits, spent = self._run.instruct.budget, answers.spent(self._dataset)
         tokens = float("inf") if limits.tokens is None else limits.tokens - spent[0]
         money = float("inf") if limits.money is None else limits.money - spent[1]
-        group: list[Pending] = []
+        group: dict[str, Asked] = {}
         size = 0
-        for request in ready[: self._run.instruct.writer.batch_requests]:
+        for waiting in ready[: self._run.instruct.writer.batch_requests]:
+            request = self._files.load(waiting)
             bound = self._chat.bound(request.request)
-            tokens, money, size = tokens - bound.tokens, money - bound.cost, size + len(self._line(request))
+            line = request.line(self._state.length_key)
+            tokens, money, size = tokens - bound.tokens, money - bound.cost, size + len(line)
             if tokens < 0 or money < 0 or (size > MAX_FILE_BYTES and group):
                 break
-            group.append(request)
+            group[waiting.digest] = Asked(
+                waiting.uid, waiting.shard, bound.prompt_tokens, bound.completion_tokens, bound.cost
+            )
         return group
 
-    def _make(self, group: Sequence[Pending]) -> Batch | None:
-        """Write a batch down."""
-        asked = {}
-        for request in group:
-            bound = self._chat.bound(request.request)
-            asked[request.digest] = Asked(
-                request.uid, request.shard, bound.prompt_tokens, bound.completion_tokens, bound.cost
-            )
-        return self._files.save(Batch(secrets.token_hex(8), MADE, utc_now(), asked))
-
-    def _line(self, request: Pending) -> bytes:
-        return request.line(self._state.length_key)
-
     def _lines(self, batch: Batch) -> Iterator[bytes]:
-        return (self._line(self._pending[digest]) for digest in batch.requests if digest in self._pending)
+        waiting = (self._pending[digest] for digest in batch.requests if digest in self._pending)
+        return (self._files.load(one).line(self._state.length_key) for one in waiting)
 
     def _go_on(self, batch: Batch) -> int:
         """Bring a batch as far as it can be brought; how many requests that sent."""
@@ -484,10 +477,7 @@ class _Collection:
         for path in self._files.incoming():
             batches = self._files.batches()
             home = {digest: batch for batch in batches for digest in batch.requests}
-            known = {
-                digest: home[digest].requests[digest] if digest in home else self._asked(request)
-                for digest, request in self._pending.items()
-            }
+            known = {digest: home[digest].requests[digest] if digest in home else None for digest in self._pending}
             results, rest = _Results(), []
             for line in self._files.lines(path):
                 if not self._read(line, results, known, "brought"):
@@ -506,10 +496,6 @@ class _Collection:
             )
         return count
 
-    def _asked(self, request: Pending) -> Asked:
-        bound = self._chat.bound(request.request)
-        return Asked(request.uid, request.shard, bound.prompt_tokens, bound.completion_tokens, bound.cost)
-
     def _shrink(self, batch: Batch, results: _Results) -> None:
         """Take what came from a batch that a person carries."""
         over = batch.requests.keys() & (results.answers.keys() | results.failures.keys())
@@ -521,7 +507,8 @@ class _Collection:
             self._files.drop(batch)
             return
         smaller = self._files.save(batch, requests=left)
-        lines = (self._pending[digest].line(self._state.length_key) for digest in left if digest in self._pending)
+        waiting = (self._pending[digest] for digest in left if digest in self._pending)
+        lines = (self._files.load(one).line(self._state.length_key) for one in waiting)
         self._files.hand_out(smaller, lines)
         try:
             answers.claim(self._dataset, batch.name, smaller.bound, self._run.instruct.budget)
@@ -530,7 +517,7 @@ class _Collection:
 
     # -- both --
 
-    def _read(self, line: bytes, results: _Results, known: Mapping[str, Asked], name: str) -> bool:
+    def _read(self, line: bytes, results: _Results, known: Mapping[str, Asked | None], name: str) -> bool:
         """Take in a line of results. False: it is of no use to anybody."""
         if not line.strip():
             return True
@@ -548,7 +535,7 @@ class _Collection:
             return False
         if digest in results.answers:
             return True
-        asked, pending = known[digest], self._pending[digest]
+        asked, pending = known[digest], self._files.load(self._pending[digest])
         try:
             if error is not None or not isinstance(status, int):
                 raise _Silent(self._words(error))
@@ -561,7 +548,9 @@ class _Collection:
             return True
         if isinstance(found, Rejected):
             results.rejected.append(digest)
-        bound = Bound(asked.prompt_tokens, asked.completion_tokens, asked.cost)
+        bound = self._chat.bound(pending.request)
+        if asked is not None:  # as it was claimed
+            bound = Bound(asked.prompt_tokens, asked.completion_tokens, asked.cost)
         ticket = Ticket(
             pending.shard,
             pending.uid,
@@ -629,6 +618,7 @@ class _Collection:
         for digest in results.answers:
             self._pending.pop(digest, None)
         self._files.keep(self._pending)
+        self._pending = self._files.pending()
 
 
 class _Silent(Exception):

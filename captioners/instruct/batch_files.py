@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -42,7 +43,7 @@ way; or, without an endpoint, lies in ``outgoing/``."""
 
 @dataclass(frozen=True)
 class Pending:
-    """A request that waits for an answer."""
+    """A request that waits for an answer, as a worker leaves it."""
 
     uid: str
     shard: int
@@ -72,7 +73,7 @@ class Pending:
         )
 
     def to_line(self) -> bytes:
-        """As it is stored."""
+        """As it is stored; `_HEAD` reads its beginning."""
         record = {"uid": self.uid, "shard": self.shard, "purpose": self.purpose, "writer": self.writer, "at": self.at}
         return json.dumps({**record, "request": json.loads(self.line())}, ensure_ascii=True).encode() + b"\n"
 
@@ -82,6 +83,25 @@ class Pending:
         record = json.loads(line)
         request = record.pop("request")
         return cls(digest=request["custom_id"], body=request["body"], **record)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Where a request lies that waits for an answer. There may be millions, so what is asked is read when it is needed
+    (`BatchFiles.load`)."""
+
+    uid: str
+    shard: int
+    purpose: str
+    digest: str
+    writer: str
+    at: str
+    path: str
+    """The file."""
+    start: int
+    """Where in it the request's line begins."""
+    size: int
+    """Of the line, bytes."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +161,7 @@ class BatchFiles:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
+        self._read_files: dict[str, bytes] = {}
 
     def path(self, *parts: str) -> str:
         """A path below the folder, as the dataset's file system takes it."""
@@ -157,33 +178,49 @@ class BatchFiles:
             data = b"".join(lines)
             self._write(self.path("pending", f"{shard}-{hashlib.sha256(data).hexdigest()[:16]}.jsonl"), data)
 
-    def pending(self) -> dict[str, Pending]:
-        """All requests that wait, by digest; of those that were left more than once, the first."""
-        found: dict[str, Pending] = {}
+    def pending(self) -> dict[str, Waiting]:
+        """All requests that wait, by digest; of one that was left more than once, the last."""
+        found: dict[str, Waiting] = {}
         for path in self._files("pending"):
-            for line in self._lines(path):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line: a worker leaves it again
-                    request = Pending.from_line(line)
-                    known = found.setdefault(request.digest, request)
-                    if request.at > known.at:
-                        found[request.digest] = replace(known, at=request.at)
+            start = 0
+            for line in self._bytes(path).splitlines(keepends=True):
+                head = _HEAD.match(line)
+                if head is not None:  # else a line that was torn: it is left again
+                    uid, shard, purpose, writer, at, digest = (part.decode() for part in head.groups())
+                    one = Waiting(uid, int(shard), purpose, digest, writer, at, path, start, len(line))
+                    if digest not in found or at >= found[digest].at:
+                        found[digest] = one
+                start += len(line)
         return found
 
+    def load(self, waiting: Waiting) -> Pending:
+        """What is asked. Files are read as a whole, so ask in the order of shards."""
+        if waiting.path not in self._read_files:
+            if len(self._read_files) >= _FILES:
+                self._read_files.pop(next(iter(self._read_files)))
+            self._read_files[waiting.path] = self._bytes(waiting.path)
+        data = self._read_files[waiting.path]
+        pending = Pending.from_line(data[waiting.start : waiting.start + waiting.size])
+        if pending.digest != waiting.digest:
+            raise StoreError(f"{waiting.path} was changed while it was read; run again when no other process writes")
+        return pending
+
     def keep(self, digests: Collection[str]) -> None:
-        """Remove all other requests that wait."""
+        """Remove all other requests that wait; positions that `pending` told are not valid any more."""
         seen: set[str] = set()
 
         def wanted(line: bytes) -> bool:
-            try:
-                digest = Pending.from_line(line).digest
-            except (ValueError, KeyError, TypeError):
+            head = _HEAD.match(line)
+            if head is None:
                 return False
+            digest = head[6].decode()
             first = digest in digests and digest not in seen
             seen.add(digest)
             return first
 
-        for path in self._files("pending"):
+        for path in reversed(self._files("pending")):
             self._filter(path, wanted)
+        self._read_files.clear()
 
     # -- batches --
 
@@ -192,7 +229,7 @@ class BatchFiles:
         found = []
         for path in self._files("sent", ".json"):
             try:
-                given = json.loads(self._read(path))
+                given = json.loads(self._bytes(path))
                 asked = {digest: Asked(**request) for digest, request in given.pop("requests").items()}
                 found.append(Batch(requests=asked, **given))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -234,7 +271,7 @@ class BatchFiles:
         """Remove a file of results; what of it could not be used stays beside it, as ``<name>.rejected``."""
         if rest:
             beside = f"{path}.rejected"
-            before = self._read(beside) if self.dataset.fs.exists(beside) else b""
+            before = self._bytes(beside) if self.dataset.fs.exists(beside) else b""
             self._write(beside, before + rest.removeprefix(before))
         self._remove(path)
 
@@ -266,11 +303,10 @@ class BatchFiles:
             if of_batch:
                 gone |= of_batch
                 self.save(batch, requests={d: a for d, a in batch.requests.items() if d not in of_batch})
-        for path in self._files("pending"):
-            self._filter(path, lambda line: not any(uid.encode() in line for uid in uids))
+        self.keep(self.pending().keys() - gone)
         for folder, ending in (("outgoing", ".jsonl"), ("incoming", ".jsonl"), ("incoming", ".rejected")):
             for path in self._files(folder, ending):
-                self._filter(path, lambda line: not any(digest.encode() in line for digest in gone))
+                self._filter(path, lambda line: not any(found.decode() in gone for found in _DIGEST.findall(line)))
         state = self.state()
         state.failures = {digest: told for digest, told in state.failures.items() if digest not in gone}
         self.remember(state)
@@ -282,7 +318,7 @@ class BatchFiles:
         with storage.explained(f"cannot list {self.path(folder)}"):
             return sorted(p for p in list_folder(self.dataset, self.path(folder)) if p.endswith(ending))
 
-    def _read(self, path: str) -> bytes:
+    def _bytes(self, path: str) -> bytes:
         with storage.explained(f"cannot read {path}"):
             data: bytes = self.dataset.fs.cat_file(path)
             return data
@@ -327,6 +363,15 @@ class BatchFiles:
         with storage.explained(f"cannot remove {path}"), contextlib.suppress(FileNotFoundError):
             self.dataset.fs.rm_file(path)
 
+
+_HEAD = re.compile(
+    rb'\{"uid": "([^"\\]*)", "shard": (\d+), "purpose": "(\w+)", "writer": "(\w+)", "at": "([^"\\]+)", '
+    rb'"request": \{"custom_id": "([0-9a-f]{64})"'
+)
+"""The beginning of a stored request. Texts of strangers come only after it."""
+_DIGEST = re.compile(rb"\b[0-9a-f]{64}\b")
+_FILES = 8
+"""Files that `BatchFiles.load` keeps in memory; workers leave some megabytes in each."""
 
 MAX_LINE = 2**22
 """Bytes of a line that are read at a time; a longer one falls apart into pieces that are not JSON."""
