@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import pyarrow as pa
 
@@ -15,6 +15,8 @@ from pairmill.export.folder import Folder, Sink, Written
 from pairmill.export.selection import Group, Selection
 from pairmill.instructions import KINDS
 from schemas.config import InstructKind
+
+T = TypeVar("T")
 
 Images = Literal["files", "shards", "none"]
 """Where images stand: each in a file of its own, in one tar a group, or nowhere."""
@@ -50,16 +52,20 @@ class Parts:
             Damaged: a file is not whole.
             FileNotFoundError: one is missing.
         """
-        return (jsonl.without_uid(line) for _, line in self._lines())
+        return (jsonl.without_uid(line) for _, line in self._each(jsonl.lines))
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """As `lines`, parsed: uid and record."""
-        return ((uid, jsonl.record(line)) for uid, line in self._lines())
+        return self._each(jsonl.records)
 
-    def _lines(self) -> Iterator[tuple[str, bytes]]:
+    def uids(self) -> Iterator[str]:
+        """The uids of the records, without reading on."""
+        return self._each(jsonl.uids)
+
+    def _each(self, read: Callable[[Any], Iterator[T]]) -> Iterator[T]:
         for name in self.names:
             with self.folder.open(name) as file:
-                yield from jsonl.lines(file)
+                yield from read(file)
 
 
 @dataclass(frozen=True)

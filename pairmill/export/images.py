@@ -161,9 +161,9 @@ def read_list(folder: Folder, number: int) -> list[Image]:
     """
     found = []
     with folder.open(list_name(number)) as file:
-        for uid, line in jsonl.lines(file):
+        for uid, record in jsonl.records(file):
             try:
-                image = Image(uid, **jsonl.record(line))
+                image = Image(uid, **record)
             except TypeError as error:
                 raise Damaged(f"it is no list of images: {error}") from error
             if not isinstance(image.name, str) or not _NAME.fullmatch(image.name):

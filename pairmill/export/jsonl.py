@@ -29,17 +29,25 @@ def lines(file: Any) -> Iterator[tuple[str, bytes]]:
     Raises:
         Damaged: one is not what `write` writes.
     """
+    return ((uid, line) for uid, line, _ in _read(file))
+
+
+def records(file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `lines`, parsed: the uid and the record, without the uid."""
+    return ((uid, {name: value[name] for name in value if name != "uid"}) for uid, _, value in _read(file))
+
+
+def uids(file: Any) -> Iterator[str]:
+    """The uid of each line, of which no more is read: several times faster than `lines`.
+
+    Raises:
+        Damaged: a line does not begin as `write` begins it.
+    """
     for number, line in enumerate(file, 1):
         found = _START.match(line)
-        if not found or not line.endswith(b"}\n") or not isinstance(_parsed(line), dict):
-            raise Damaged(f"line {number} is no whole record of a pair")
-        yield found[1].decode("ascii"), line
-
-
-def record(line: bytes) -> dict[str, Any]:
-    """A line's record, without the uid."""
-    value = _parsed(line)
-    return {name: value[name] for name in value if name != "uid"}
+        if not found:
+            raise Damaged(f"line {number} is no record of a pair")
+        yield found[1].decode("ascii")
 
 
 def without_uid(line: bytes) -> bytes:
@@ -47,6 +55,15 @@ def without_uid(line: bytes) -> bytes:
     found = _START.match(line)
     assert found
     return b"{" + line[found.end() : -1]
+
+
+def _read(file: Any) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        found = _START.match(line)
+        value = _parsed(line) if found and line.endswith(b"}\n") else None
+        if not found or not isinstance(value, dict):
+            raise Damaged(f"line {number} is no whole record of a pair")
+        yield found[1].decode("ascii"), line, value
 
 
 def _parsed(line: bytes) -> Any:

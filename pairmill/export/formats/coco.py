@@ -164,10 +164,7 @@ def _write_instances(folder: Folder, parts: Parts) -> Written:
 
 
 def _numbers(parts: Parts) -> Callable[[str], int]:
-    def uids() -> Iterator[str]:
-        return (uid for uid, _ in parts.records())
-
-    return image_ids(uids(), uids)
+    return image_ids(parts.uids(), parts.uids)
 
 
 def _images(parts: Parts, number: Callable[[str], int]) -> Iterator[dict[str, Any]]:
