@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from filters.instruct import form
+from filters.instruct.attributes import attribute_faults
 from filters.instruct.counts import Count, asked_count, count_fault, count_faults
 from filters.instruct.evidence import Evidence, evidence_of
 from filters.instruct.leaks import obeyed, own_instructions
 from filters.instruct.mentions import mention_faults
 from filters.instruct.positions import position_fault, position_faults, relations
-from filters.instruct.presence import asked_presence, premise_faults, presence_faults
+from filters.instruct.presence import asked_presence, is_hedged, premise_faults, presence_faults
 from filters.instruct.words import number, sentences
 from pairmill.boxes import Box
 from pairmill.instructions import USER, Context, Finding, Turn, plain
@@ -95,6 +96,7 @@ def _nouns(answer: _Answer) -> Iterator[str]:
     for question, said in answer.exchanges():
         yield from presence_faults(said, answer.evidence, hedged)
         yield from premise_faults(question, said, answer.evidence, hedged)
+        yield from attribute_faults([words for words in said if not (hedged and is_hedged(words))], answer.evidence)
 
 
 def _leaks(answer: _Answer) -> Iterator[str]:

@@ -16,6 +16,7 @@ from filters.instruct.words import (
     FUNCTION,
     PREPOSITIONS,
     PRONOUNS,
+    VERBS,
     number,
     sentences,
     words_of,
@@ -107,7 +108,12 @@ def _qualifies(noun: Noun, behind: Noun) -> bool:
 def _goes_on(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
     """``uniform`` in ``a uniform background``: an adjective, for a noun that is not listed follows."""
     behind = tokens[noun.end] if noun.end < len(tokens) else ","
-    if behind in FUNCTION or not behind.isalpha() or behind.endswith(("ing", "ed", "s", "ly")):
+    if (
+        behind in FUNCTION
+        or behind in ("left", "right")
+        or not behind.isalpha()
+        or behind.endswith(("ing", "ed", "s", "ly"))
+    ):
         return False
     return all(other.start != noun.end for other in found)
 
@@ -115,11 +121,13 @@ def _goes_on(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
 def _is_noun(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
     if not noun.name.homograph:
         return True
+    before = tokens[noun.start - 1] if noun.start else None
+    if noun.words in VERBS and before not in ("a", "the", "his", "her", "its", "their"):
+        return False  # "one can see"
     if not noun.name.plural and _goes_on(noun, tokens, found):
         return False
-    before = tokens[noun.start - 1] if noun.start else None
     behind = tokens[noun.end] if noun.end < len(tokens) else None
-    ends = {other.end for other in found}
+    ends = {other.end for other in found if other.words != "orange"}
     at = noun.start
     for _ in range(4):
         word = tokens[at - 1] if at else None

@@ -23,7 +23,8 @@ _THINGS = re.compile(
     r"photograph|scene|frame|view|shot|viewer|camera)\b)"
     rf"|(?<!the )(?<!to )(?<!hand )\b(?P<bare>{_SIDE}) of(?! the (?:image|picture|photo|photograph|scene|frame|view"
     rf"|shot)\b)"
-    r"|\b(?P<up>above|higher than|higher up than)\b|\b(?P<down>below|beneath|underneath|under|lower than"
+    r"|\b(?P<over>over)\b|\b(?P<up>above|higher than|higher up than)\b|\b(?P<down>below|beneath|underneath|under"
+    r"|lower than"
     r"|lower down than)\b"
 )
 _BETWEEN = re.compile(r"\b(?:in )?between\b")
@@ -74,6 +75,8 @@ class Relation:
     """Empty: the frame."""
     words: str
     denied: bool = False
+    around: tuple[tuple[str, ...], ...] = ()
+    """The words before each subject and each object."""
 
 
 def marked(tokens: Sequence[str], nouns: Sequence[Noun]) -> tuple[str, list[Noun]]:
@@ -97,9 +100,9 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
     shift = _positions(tokens, nouns)
     matches: list[tuple[int, int, str, tuple[Noun, ...], str]] = []
     for match in _THINGS.finditer(text):
-        where = match["side"] or match["bare"] or ("above" if match["up"] else "below")
+        where = match["side"] or match["bare"] or ("below" if match["down"] else "above")
         target = _object(text, match.end(), nouns)
-        if target:
+        if target and (not match["over"] or "shape" in _kinds(target[0])):
             matches.append((match.start(), target[1], where, (target[0],), match[0]))
     for match in _BETWEEN.finditer(text):
         first = _object(text, match.end(), nouns)
@@ -147,13 +150,9 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
         if subjects:
             last = (subjects, end)
             denied = shift(start) in absent
-            yield Relation(
-                tuple(subjects),
-                where,
-                objects,
-                f"{subjects[-1].words} {words} {' and '.join(noun.words for noun in objects)}".strip(),
-                denied,
-            )
+            named = f"{subjects[-1].words} {words} {' and '.join(noun.words for noun in objects)}".strip()
+            around = tuple(tuple(tokens[max(noun.start - 3, 0) : noun.start]) for noun in (*subjects, *objects))
+            yield Relation(tuple(subjects), where, objects, named, denied, around)
 
 
 _FRAME_WORDS = {
@@ -165,7 +164,7 @@ _FRAME_WORDS = {
 }
 _SIDES = frozenset(["left", "right", "top", "upper", "bottom", "lower"])
 _WORDS = words_of(
-    "left right above below beneath underneath under between top upper bottom lower higher middle center centre"
+    "left right over above below beneath underneath under between top upper bottom lower higher middle center centre"
 )
 
 
@@ -224,7 +223,7 @@ def position_fault(
     holds = relation_holds(relation, evidence, tokens, width, height)
     if holds is None or holds is not relation.denied:
         return None
-    if any(_same(relation, other) for other in text_relations(evidence)):
+    if any(_same(relation, other, evidence.adjectives) for other in text_relations(evidence)):
         return None
     return f"{relation.words}: the boxes say otherwise"
 
@@ -260,10 +259,14 @@ def relation_holds(
     return False
 
 
+def _kinds(noun: Noun) -> frozenset[str]:
+    kinds = vocabulary().kinds
+    return frozenset(kind for concept in noun.name.concepts for kind in kinds.get(concept, ()))
+
+
 def is_scene(noun: Noun) -> bool:
     """Whether a noun is a place that fills the picture: its left is the picture's."""
-    kinds = vocabulary().kinds
-    return any(not _SCENES.isdisjoint(kinds.get(concept, ())) for concept in noun.name.concepts)
+    return not _SCENES.isdisjoint(_kinds(noun))
 
 
 def _is_attached(noun: Noun, tokens: Sequence[str]) -> bool:
@@ -325,11 +328,22 @@ def text_relations(evidence: Evidence) -> list[Relation]:
     return evidence.known["relations"]
 
 
-def _same(one: Relation, other: Relation) -> bool:
+def _same(one: Relation, other: Relation, adjectives: frozenset[str]) -> bool:
     if one.where != other.where or one.denied != other.denied or len(one.objects) != len(other.objects):
         return False
-    return any(_akin(a, b) for a in one.subjects for b in other.subjects) and all(
-        _akin(a, b) for a, b in zip(one.objects, other.objects, strict=True)
+    return any(
+        _akin(a, b) and adjectives.intersection(mine) == adjectives.intersection(its)
+        for a, mine in zip(one.subjects, one.around, strict=False)
+        for b, its in zip(other.subjects, other.around, strict=False)
+    ) and all(
+        _akin(a, b) and adjectives.intersection(mine) == adjectives.intersection(its)
+        for a, mine, b, its in zip(
+            one.objects,
+            one.around[len(one.subjects) :],
+            other.objects,
+            other.around[len(other.subjects) :],
+            strict=True,
+        )
     )
 
 

@@ -47,7 +47,7 @@ def presence_faults(sentences: Sequence[list[str]], evidence: Evidence, hedged: 
     for words in sentences:
         nouns = evidence.nouns(words)
         absent = negated(words)
-        if not (hedged and not _HEDGES.isdisjoint(words)):
+        if not (hedged and is_hedged(words)):
             for noun in nouns:
                 if noun.start in absent or evidence.licenses(noun.name) or _likeness(words, noun):
                     continue
@@ -79,7 +79,7 @@ def premise_faults(
             if first == "no" and _ends(words, asked) and not _counted(words, asked) and is_there(asked, evidence):
                 yield f"no {asked.words}: texts or boxes have it"
             continue
-        if denies or (hedged and not _HEDGES.isdisjoint(words)):
+        if denies or (hedged and is_hedged(words)):
             continue
         for noun in nouns:
             definite = {"the", "this", "that", "these", "those"} & set(words[max(noun.start - 3, 0) : noun.start])
@@ -108,6 +108,11 @@ def is_there(noun: Noun, evidence: Evidence) -> bool:
     if any(thing.is_a(concepts) for thing in evidence.labelled):
         return True
     return len(concepts) == 1 and not concepts.isdisjoint(evidence.mentioned)
+
+
+def is_hedged(words: Sequence[str]) -> bool:
+    """Whether a sentence tells what may be, not what is seen."""
+    return not _HEDGES.isdisjoint(words)
 
 
 def _likeness(words: Sequence[str], noun: Noun) -> bool:

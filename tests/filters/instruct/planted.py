@@ -1,7 +1,7 @@
 """Planted faults and good answers, as writers of instruction data write, over real and made-up contexts.
 
 ``contexts.jsonl``: captions (CC BY 4.0, the COCO Consortium) and boxes of images of COCO 2014 and 2017, some with an
-injected caption, and a few made-up ones; boxes are ``[label, x1, y1, x2, y2]``. Sizes of the images of 2014 are nominal.
+injected caption, and a few made-up ones; boxes are ``[label, x1, y1, x2, y2]``. Sizes of 2014's images are nominal.
 ``planted.jsonl``: one answer a line: its context, kind, turns, boxes, the check that is to find fault with it (null for
 a good answer), and its half: ``tune`` was looked at while the checks were written, ``held`` was written blind, after
 them (docs/decisions/instruct_checks.md has the figures of the first, blind measurement).
