@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 
 import pyarrow as pa
 
-from pairmill import storage
 from pairmill.answers.journal import Limits
 from pairmill.answers.ledger import ANSWERS, ANSWERS_TABLE, Answer, Bound, line_of, sums
 from pairmill.answers.place import Disk, Place, Share, Spending, place_of, stored_answers, told_of, writer_of
@@ -84,9 +83,7 @@ def fold(dataset: Dataset, *, alone: bool = False) -> int:
         table.commit(new, remove=gone)
     if over & set(shares):
         place.change(lambda now: _settle(now, spent))
-    for line_file in mine:
-        with contextlib.suppress(FileNotFoundError), storage.explained(f"cannot remove {line_file.path}"):
-            dataset.fs.rm_file(line_file.path)
+    place.remove(mine)
     if isinstance(place, Disk):
         for session in over:
             with contextlib.suppress(FileNotFoundError):

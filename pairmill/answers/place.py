@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ _LINES = "answers"
 OPEN = "open"
 """Folder of the marks of sessions under way."""
 _SPENDING = "spending.json"
+_AT_ONCE = 500
+"""Objects that are read or removed by one call."""
 _WRITERS = 8
 """Objects that a session writes at a time."""
 
@@ -109,13 +111,17 @@ class Place:
                 found.append(File(path, int(shard), rest.partition("-")[0]))
         return sorted(found, key=lambda file: (file.shard, file.path))
 
-    def read(self, file: File) -> bytes | None:
-        """A file's bytes; None when it is gone."""
-        try:
-            data: bytes = self.dataset.fs.cat_file(file.path)
-        except FileNotFoundError:
-            return None
-        return data
+    def read(self, files: Sequence[File]) -> Iterator[tuple[File, bytes]]:
+        """The bytes of files; those that are gone are left out."""
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                yield file, self.dataset.fs.cat_file(file.path)
+
+    def remove(self, files: Sequence[File]) -> None:
+        """Remove files that may be gone already."""
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                self.dataset.fs.rm_file(file.path)
 
     def load(self) -> Spending | None:
         """The spending as it is; None when there is none."""
@@ -190,7 +196,22 @@ class Disk(Place):
 
 
 class Store(Place):
-    """An object store: conditional writes."""
+    """An object store: conditional writes, and many objects a call."""
+
+    def read(self, files: Sequence[File]) -> Iterator[tuple[File, bytes]]:  # noqa: D102 (see Place)
+        for start in range(0, len(files), _AT_ONCE):
+            some = {file.path: file for file in files[start : start + _AT_ONCE]}
+            with storage.explained(f"cannot read {self.lines}"):
+                found = self.dataset.fs.cat(list(some), on_error="return")
+                for data in found.values():
+                    if isinstance(data, BaseException) and not isinstance(data, FileNotFoundError):
+                        raise data
+            yield from ((some[path], data) for path, data in found.items() if isinstance(data, bytes))
+
+    def remove(self, files: Sequence[File]) -> None:  # noqa: D102 (see Place)
+        for start in range(0, len(files), _AT_ONCE):
+            with contextlib.suppress(FileNotFoundError), storage.explained(f"cannot remove from {self.lines}"):
+                self.dataset.fs.rm([file.path for file in files[start : start + _AT_ONCE]])
 
     def change(self, change: Callable[[Spending], Result]) -> Result:  # noqa: D102 (see Place)
         fs, path = self.dataset.fs, self.spending
@@ -361,9 +382,8 @@ def writer_of(place: Place, session: str) -> DiskLines | StoreLines:
 def told_of(place: Place, files: Iterable[File]) -> dict[tuple[int, str], Told]:
     """What lines say, by shard and session."""
     found: dict[tuple[int, str], Told] = defaultdict(Told)
-    for file in files:
-        if (data := place.read(file)) is not None:
-            found[file.shard, file.session].read(data)
+    for file, data in place.read(list(files)):
+        found[file.shard, file.session].read(data)
     return found
 
 
