@@ -210,6 +210,7 @@ class _Submission:
         self._writer = BatchWriter.of(run)
         self._chat = chat_of(run)
         self._files = BatchFiles(dataset)
+        self._files.tidy()
         self._state = self._files.state()
         self._pending: dict[str, Waiting] = {}
 
@@ -400,6 +401,7 @@ class _Collection:
         self._run, self._dataset, self._reporter = run, dataset, reporter
         self._chat = chat_of(run)
         self._files = BatchFiles(dataset)
+        self._files.tidy()
         self._state: State = self._files.state()
         self._pending = self._files.pending()
 

@@ -167,6 +167,12 @@ class BatchFiles:
         """A path below the folder, as the dataset's file system takes it."""
         return self.dataset.path(FOLDER, *parts)
 
+    def tidy(self) -> None:
+        """Remove what processes left that died while they wrote. No worker may be at work."""
+        for folder in ("", "pending", "sent", "outgoing", "incoming"):
+            for path in self._files(folder, ".tmp"):
+                self._remove(path)
+
     # -- requests that wait --
 
     def leave(self, requests: Iterable[Pending]) -> None:
@@ -297,6 +303,7 @@ class BatchFiles:
 
     def forget(self, uids: Collection[str]) -> int:
         """Remove all that is about these pairs, wherever it lies here. Returns how many requests that were."""
+        self.tidy()
         gone = {digest for digest, request in self.pending().items() if request.uid in uids}
         for batch in self.batches():
             of_batch = {digest for digest, asked in batch.requests.items() if asked.uid in uids}
@@ -324,10 +331,20 @@ class BatchFiles:
             return data
 
     def _lines(self, path: str) -> Iterator[bytes]:
-        with storage.explained(f"cannot read {path}"), self.dataset.fs.open(path, "rb") as file:
-            while line := file.readline(MAX_LINE):
-                if line.strip():
-                    yield line
+        """The lines of a file, with their ends, without empty ones. One that is longer than `MAX_LINE` falls apart into
+        pieces that are not JSON."""
+        with storage.explained(f"cannot read {path}"), storage.open_known(*self._known(path)) as file:
+            rest = b""
+            while chunk := file.read(MAX_LINE):
+                *whole, rest = (rest + chunk).splitlines(keepends=True)
+                if rest.endswith(b"\n") or len(rest) > MAX_LINE:
+                    whole, rest = [*whole, rest], b""
+                yield from (line for line in whole if line.strip())
+            if rest.strip():
+                yield rest
+
+    def _known(self, path: str) -> tuple[Any, str, int]:
+        return self.dataset.fs, path, self.dataset.fs.size(path)
 
     def _filter(self, path: str, wanted: Callable[[bytes], bool]) -> None:
         """Leave only some lines of a file; remove it when none is left."""
@@ -374,4 +391,4 @@ _FILES = 8
 """Files that `BatchFiles.load` keeps in memory; workers leave some megabytes in each."""
 
 MAX_LINE = 2**22
-"""Bytes of a line that are read at a time; a longer one falls apart into pieces that are not JSON."""
+"""Bytes of a line of results at most."""

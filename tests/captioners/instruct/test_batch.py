@@ -605,6 +605,7 @@ def test_what_is_forgotten_is_nowhere_and_its_answers_are_not_taken(tmp_path: Pa
     work.submit()
     requests = carry(work) if carried else server.requests(server.batches["batch-0"])
     work.write()
+    (work.folder / "pending" / "0-dead.jsonl.1.tmp").write_text("".join(gone))  # of a process that was killed
     assert all(uid.encode() in everything_in(work.folder) for uid in gone | kept)
     assert forget(work.dataset, gone) == 4
     stored = everything_in(work.folder)
