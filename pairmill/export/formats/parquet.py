@@ -1,4 +1,8 @@
-"""Parquet files with the images inside: the metadata columns of the WebDataset export, and ``image``."""
+"""Parquet files with the images inside: the metadata columns of the WebDataset export, and ``image``.
+
+With kinds of conversations asked for, ``conversations`` are those of the pair (`CONVERSATIONS` of
+`pairmill.export.formats.rendered`).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ import pyarrow.parquet as pq
 
 from pairmill.export.folder import Folder, Written
 from pairmill.export.format import Format, Options
+from pairmill.export.formats.rendered import with_conversations
 from pairmill.export.selection import Group, Selection
 from pairmill.store import ROW_GROUP, parquet_options
 from schemas import fields
 
 
-def _write(selection: Selection, group: Group, metadata: pa.Table, folder: Folder, options: Options) -> list[Written]:  # noqa: ARG001
+def _write(selection: Selection, group: Group, metadata: pa.Table, folder: Folder, options: Options) -> list[Written]:
+    metadata = with_conversations(metadata, options)
     schema = metadata.schema.append(fields.IMAGE)
     name = f"{group.number:05d}.parquet"
     with folder.create(name) as sink, pq.ParquetWriter(sink, schema, **parquet_options(schema)) as writer:
@@ -22,4 +28,10 @@ def _write(selection: Selection, group: Group, metadata: pa.Table, folder: Folde
     return [sink.written(name)]
 
 
-PARQUET = Format("parquet", "Parquet files with metadata and images", ".parquet", _write)
+PARQUET = Format(
+    "parquet",
+    "Parquet files with metadata and images",
+    ".parquet",
+    _write,
+    defaults=Options(kinds=(), boxes="plain"),
+)

@@ -33,6 +33,7 @@ class Case(NamedTuple):
 CASES = [
     *(Case(name) for name in FORMATS),
     Case("webdataset", Options(kinds=("conversation", "grounding"), boxes="llava")),
+    Case("parquet", Options(kinds=("detail",))),
     Case("llava", Options(images="shards", kinds=("grounding",), boxes="shikra")),
     Case("llava", Options(images="none", boxes="kosmos2")),
     Case("minigpt4", Options(images="shards")),
@@ -144,7 +145,7 @@ def test_a_takedown_leaves_no_byte(built, first, tmp_path, case):
     assert len(rest) == manifest(out)["pairs"] > 3
 
 
-@pytest.mark.parametrize("case", [Case("llava"), CASES[len(FORMATS) + 1]], ids=["files", "shards"])
+@pytest.mark.parametrize("case", [Case("llava"), Case("qwen-vl", Options(images="shards"))], ids=["files", "shards"])
 def test_an_unfinished_export_keeps_nothing_either(tmp_path, case, monkeypatch):
     built, out, uids = build(str(tmp_path / "data"), BEFORE), tmp_path / "out", [pair.uid for pair in GONE]
     plain = Folder.create
