@@ -46,7 +46,7 @@ Corners = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels of the image."""
 
 _TAG = re.compile(r"<([^<>\s]*)>")
-_NUMBERS = re.compile(r"\[(\s*[\d.]+(?:\s*[,;]\s*[\d.]+)*\s*)\]")
+_NUMBERS = re.compile(r"\[(\s*[\d.]+(?:\s*[,;]\s*[\d.]+)+\s*)\]")
 _OPEN, _CLOSE = "\u2039", "\u203a"
 
 
@@ -184,7 +184,7 @@ class _Brackets(_Grid):
         return None if width == height else padded_square(width, height)
 
     def text(self, text: str) -> str:
-        """Without tags, and without numbers in brackets."""
+        """Without tags, and without lists of numbers in brackets."""
         return _NUMBERS.sub(r"(\1)", super().text(text))
 
     def render(self, content: str, boxes: Sequence[Box], width: int, height: int) -> str:
@@ -304,7 +304,8 @@ class Kosmos2(Dialect):
     """Kosmos-2.
 
     The space before a phrase stands inside its tags, as in the model's own data. Its readers drop everything between a
-    ``<`` and the next ``>``, so no text keeps either.
+    ``<`` and the next ``>``, so no text keeps either. ``<grounding>``, which asks for boxes, belongs to the prompt and
+    is not written here.
     """
 
     name = "kosmos2"

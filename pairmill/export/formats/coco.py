@@ -124,7 +124,7 @@ def image_ids(uids: Iterable[str], again: Callable[[], Iterable[str]]) -> Callab
             number = image_id(hashlib.sha256(f"{uid}\n{tries}".encode()).hexdigest())
         used.add(number)
         others[uid] = number
-    return lambda uid: others.get(uid) or image_id(uid)
+    return lambda uid: others[uid] if uid in others else image_id(uid)
 
 
 def category_ids(labels: Iterable[str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from captioners.boxes.rle import decode, encode
 from captioners.text import prepare_text
 from pairmill.export import export, holds_pairs, remove_pairs, verify_export
 from pairmill.export.formats import coco
@@ -44,7 +45,7 @@ FOUND = box("sled", 6, 4, 20, 9, score=0.75, source="owlv2")
 
 
 def boxes_of(pair: Pair) -> dict[str, list]:
-    counts = rle.encode(np.asfortranarray(MASK))["counts"].decode()
+    counts = encode(MASK.astype(bool))
     return {
         "regions": [HOUSE] * (pair.number % 3 > 0),
         "detections": [FOUND] if pair.number % 3 == 2 else None,
@@ -203,6 +204,17 @@ def test_a_takedown_reaches_annotations_and_images(tmp_path):
     files = [[p.relative_to(root) for p in sorted(root.rglob("*")) if p.is_file()] for root in (out, again)]
     assert files[0] == files[1] and verify_export(str(out)).ok
     assert all((out / p).read_bytes() == (again / p).read_bytes() for p in files[0] if p.name != "manifest.json")
+
+
+@given(
+    mask=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32)).map(
+        lambda drawn: np.random.default_rng(drawn[2]).random(drawn[:2]) < drawn[2] % 11 / 10
+    )
+)
+def test_masks_are_stored_as_pycocotools_writes_them(mask):
+    theirs = rle.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+    assert encode(mask) == theirs
+    assert (decode(theirs, *mask.shape) == mask).all()
 
 
 UIDS = st.sets(st.integers(0, 10**6).map(lambda n: uid(str(n), "")), max_size=60).map(sorted)

@@ -212,6 +212,13 @@ def test_kosmos2_is_read_by_the_models_own_processor(scene, second, phrase):
     assert tuple(numbers[:2]) == coordinate_to_patch_index(tuple(fractions), 32)
 
 
+def test_numbers_that_are_no_coordinates_stay_as_they_are():
+    text = "Reference [1] says 3 < 4 and x > 2; 50 % of {a, b}."
+    assert {name: dialect.text(text) for name, dialect in DIALECTS.items() if name != "kosmos2"} == dict.fromkeys(
+        (*UNITS.keys() - {"kosmos2"}, "plain"), text
+    )
+
+
 def test_shikras_own_pattern_finds_its_boxes():
     """The pattern of its ``PlainBoxFormatter``, by which it scores answers."""
     one = r"\d(?:\.\d*)?(?:,\d(?:\.\d*)?){3}"
