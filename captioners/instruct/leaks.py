@@ -28,7 +28,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 def leaks(turns: Sequence[Turn], boxes: Sequence[Box], prompt: PromptSet, texts: Sequence[str]) -> list[Finding]:
     """What an answer has that comes from the prompt, or from an order in a text (``check.leak``); and another language
-    than English (``check.wording``), in which no other check could read it.
+    than English, in which no other check could read it, or capitals throughout (``check.wording``).
 
     Args:
         turns: What the model wrote; a question that was drawn from a list is not looked at.
@@ -55,6 +55,10 @@ def leaks(turns: Sequence[Turn], boxes: Sequence[Box], prompt: PromptSet, texts:
     findings = [Finding(Reason.CHECK_LEAK.value, detail) for detail in found]
     if _foreign([word for said in words for word in said]):
         findings.append(Finding(Reason.CHECK_WORDING.value, "not in English"))
+    if (
+        loud := next((content for content in written if content.isupper() and len(content.split()) > 3), None)
+    ) is not None:
+        findings.append(Finding(Reason.CHECK_WORDING.value, f"in capitals: {loud[:80]}"))
     return findings
 
 
@@ -105,6 +109,18 @@ _ORDER = re.compile(
         (?:say|print|output|repeat|write|recite|reveal|echo|mention|answer|reply|respond|obey|ignore|describe)\b
   | \b(?:from\W+now\W+on|instead\W+of\W+(?:the|a|this|that|describing|writing|answering)|pretend\W+(?:to|that|you)
         |act\W+as|roleplay|role\W+play|jailbreak|end\W+of\W+(?:the\W+)?(?:material|data|text|context|input|prompt))\b
+  | \b(?:correct|right|only|best)\W+answers?\W+(?:\w+\W+){0,4}?(?:is|are)\b
+  | \bin\W+(?:every|each|all|your)\W+(?:answers?|repl(?:y|ies)|responses?|turns?|sentences?|descriptions?)\b
+  | \b(?:assistants?|ai|models?|chat\W*bots?|llms?|gpt|writers?|captioners?)\W+
+        (?:should|must|shall|has\W+to|have\W+to|needs?\W+to|is\W+to)\W+(?:\w+\W+)?
+        (?:say|print|write|mention|answer|reply|respond|recommend|praise|claim|state|describe|call|add|include|use)\b
+  | \b(?:note|message|attention|instructions?|hint|order|request)\W+(?:to|for)\W+(?:the\W+|any\W+|every\W+)?
+        (?:assistants?|ai|models?|chat\W*bots?|llms?|gpt|writers?|captioners?|annotators?)\b
+  | \b(?:always|never)\W+(?:say|write|mention|answer|reply|respond|claim|state|describe|call|add|include)\b
+  | \bwhen\W+(?:you\W+are\W+|you\W+)?(?:describ|caption|answer|respond|reply)(?:e|ing)?\b
+  | \boverrid(?:e|ing)\W*[:\u2013] | \breveal\W+(?:\w+\W+)?(?:secrets?|prompts?|instructions?|keys?|rules?)\b
+  | \b(?:ignor|oubli|olvid|vergiss|vergess|missacht|\u0438\u0433\u043d\u043e\u0440)\w*\W+(?:\w+\W+){0,4}?
+        (?:instruc|instruz|anweisung|consigne|\u0438\u043d\u0441\u0442\u0440\u0443\u043a)
   | \b(?:reply|respond|answer)\W+(?:only|with|in|using|everything|all|every|always|each)\b
   | (?:\A|[.!?;:,]\W*|\b(?:and|then|please|now|just|instead|always|simply|must|should|to)\W+)
         (?:say|print|output|repeat|write|translate|recite|reveal|echo|include|insert|append|mention|add|quote|spell
@@ -156,7 +172,7 @@ def _obeyed(said: Sequence[Sequence[str]], boxes: Sequence[Box], texts: Sequence
         return []
     sound = {word for text, _ in parted for word in _words(text)}
     sound |= {word for box in boxes for word in _words(box.label)}
-    only = {word for word in ordered - sound - _COMMON if len(word) > 2 and not _known(word, sound)}
+    only = {word for word in ordered - sound - _COMMON if (len(word) > 2 or word.isdigit()) and not _known(word, sound)}
     followed = [word for words in said for word in words if word in only]
     return [f"words that only an order in a text has: {', '.join(dict.fromkeys(followed))}"] if followed else []
 
