@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from captioners.boxes.rle import decode, encode
 from captioners.text import prepare_text
-from pairmill.export import export, holds_pairs, remove_pairs, verify_export
+from pairmill.export import Options, export, holds_pairs, remove_pairs, verify_export
 from pairmill.export.formats import coco
 from pairmill.export.formats.coco import COCO_CATEGORIES, category_ids, image_id, image_ids
 from pairmill.sources.image_folder import read_image_folder
@@ -257,3 +258,13 @@ def test_categories_are_cocos_own():
         pytest.skip("no COCO annotations here")
     known = {c["name"]: c["id"] for c in json.loads(path.read_text())["categories"]}
     assert known.items() <= COCO_CATEGORIES.items()
+
+
+def test_images_in_shards_are_called_by_their_names_in_there(tmp_path, built):
+    export(built.snapshot, str(tmp_path / "out"), "coco", pairs_per_shard=8, options=Options(images="shards"))
+    named = {i["file_name"] for i in json.loads((tmp_path / "out" / "captions.json").read_text())["images"]}
+    found = set()
+    for path in (tmp_path / "out").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            found |= {name for name in tar.getnames() if not name.endswith((".txt", ".json"))}
+    assert named == found and len(named) == 9
