@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pairmill.stage import Step
+    from pairmill.stage import Stage, Step
     from schemas.config import RunConfig
 
 
@@ -23,13 +24,16 @@ def box_steps(config: RunConfig, captions: bool) -> tuple[Step, ...]:
     """
     from captioners.boxes.regions import Regions
 
-    steps: list[Step] = [Regions.of(config)]
+    models: list[Stage] = []
     if config.models.detector is not None:
         from captioners.boxes.detect import Detections
 
-        steps.append(Detections.of(config, captions))
+        models.append(Detections.of(config, captions))
     if config.models.segmenter is not None:
         from captioners.boxes.masks import Masks
 
-        steps.append(Masks.of(config))
-    return tuple(steps)
+        models.append(Masks.of(config))
+    regions = Regions.of(config)
+    # One worker for all that stand together: a group of its own would part the models before it from those behind it,
+    # and each group of models wants a GPU.
+    return (replace(regions, resources=models[0].resources) if models else regions, *models)

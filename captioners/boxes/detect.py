@@ -57,7 +57,7 @@ class Detections(Stage):
     batch: int = field(default=32, metadata={"identity": False})
     """Images a forward pass."""
 
-    resources: Resources = field(default=Resources(rows=64, actor=True), metadata={"identity": False})
+    resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -83,7 +83,7 @@ class Detections(Stage):
             models.precision,
             models.device,
             models.batch,
-            Resources(gpus=gpus, rows=64, actor=True),
+            Resources(gpus=gpus, rows=256, actor=True),
         )
 
     def parameters(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Masks(Stage):
     batch: int = field(default=32, metadata={"identity": False})
     """Images a forward pass, at most `IMAGES`."""
 
-    resources: Resources = field(default=Resources(rows=64, actor=True), metadata={"identity": False})
+    resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -78,7 +78,7 @@ class Masks(Stage):
             models.precision,
             models.device,
             models.batch,
-            Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=64, actor=True),
+            Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True),
         )
 
     def open(self) -> Kernel:

@@ -277,6 +277,7 @@ def test_steps_of_a_config(checkpoints):
     steps = box_steps(config(detector=owl, segmenter=sam, device="cpu", batch=7), captions=False)
     assert [s.name for s in steps] == ["regions", "detections", "masks"]
     assert isinstance(steps[1], Detections) and not steps[1].captions and steps[1].batch == 7
+    assert len({s.resources for s in steps}) == 1  # one group, so one GPU
     assert [s.name for s in box_steps(config(segmenter=sam), captions=False)] == ["regions", "masks"]
     assert (
         "detections" in steps[2].reads and "detections" not in box_steps(config(segmenter=sam), captions=False)[1].reads
