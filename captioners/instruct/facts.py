@@ -319,14 +319,17 @@ def _one_for_many(low: Sequence[str], mention: Mention) -> bool:
     return mention.stated is not None or first in ("several", "many", "few") or of_group
 
 
+_NO_VERBS = words_of("string family clothing ceiling morning evening wedding king series glasses")
+
+
 def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, form: Form) -> Mention:
     after = low[end] if end < len(low) else "."
     head = (
         (not after[0].isalnum() and after != "'")
         or after in nouns.CLOSED
         or after in nouns.VERBS
-        or after.endswith(("ing", "ly"))
-        or (after.endswith("s") and after not in nouns.lexicon().keys)
+        or after in nouns.PARTICIPLES
+        or (after.endswith(("ing", "ly", "s")) and after not in nouns.lexicon().keys and after not in _NO_VERBS)
     ) and after != "-"
     start = at
     number: int | None = None
@@ -414,7 +417,8 @@ def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
             sure = sure and stated <= {count} and named <= count
             sure = sure and (not thing.mentions or thing.several or named == count)
         if detected:
-            sure = sure and bool(thing.mentions) and (count == 1 or count in stated or named == count)
+            told = named == count and not any(mention.several and not mention.stated for mention in thing.mentions)
+            sure = sure and bool(thing.mentions) and (count == 1 or count in stated or told)
         if sure:
             thing.count = count
         thing.sole = count == 1 and (sure or (not thing.noun.counts and not rivals and not thing.several))
@@ -516,7 +520,7 @@ def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None
 
 
 def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -> tuple[int, ...]:
-    boxed = bool(context.boxes)
+    numbers = {thing.key: {mention.stated for mention in thing.mentions if mention.stated} for thing in things.values()}
     looked_for = frozenset(context.labels)
     unboxed: Counter[str] = Counter()
     for text in texts:
@@ -564,16 +568,29 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
             female = genders[place] == (False, True)
             if (male and males <= females) or (female and females <= males):
                 continue
-        if boxed and any(
-            thing.count is not None
-            and any(mention.text == place and mention.stated not in (None, thing.count) for mention in thing.mentions)
+        if any(
+            mention.text == place and mention.head and _miscounts(mention, thing, numbers[thing.key], context)
             for thing in things.values()
+            if numbers[thing.key]
+            for mention in thing.mentions
         ):
             continue
         others = [content[other] for other in range(len(texts)) if other != place]
         shared = sum(len(content[place] & other) for other in others) / max(1, len(others) * len(content[place]))
         scored.append((-shared, place))
     return tuple(place for _, place in sorted(scored))
+
+
+def _miscounts(mention: Mention, thing: Thing, stated: set[int], context: Context) -> bool:
+    """Whether a stated number is at odds with the boxes, or, where there are none, with other texts. "Two men" may be
+    two of four people."""
+    if mention.stated is None:
+        return False
+    if not thing.boxes or thing.key in context.crowded or not thing.noun.counts:
+        return len(stated) > 1
+    if thing.key == "person" and mention.form.word not in ("person", "people"):
+        return mention.stated > len(thing.boxes)
+    return mention.stated != len(thing.boxes)
 
 
 _BEHIND = {"behind": "front", "front": "behind"}

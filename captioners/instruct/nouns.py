@@ -255,7 +255,7 @@ _NEAR: Mapping[str, str] = {
     "cake": "food dessert cupcake pastry pie",
     "chair": "seat stool recliner furniture chaise rocker",
     "couch": "seat furniture loveseat futon chaise",
-    "potted plant": "plant flower pot tree planter",
+    "potted plant": "plant flower pot tree planter grass bush shrub brush leaf vegetation garden field",
     "bed": "mattress bedroom furniture",
     "dining table": "desk counter furniture",
     "toilet": "bathroom bidet urinal restroom",
@@ -402,13 +402,14 @@ def askable(word: str) -> bool:
     """Whether one would ask for a thing that texts name: no part of a body, no shape, no light."""
     book = vocabulary()
     kinds = {kind for concept in book.of_label(word)[0] for kind in book.kinds.get(concept, ())}
-    return word in OBJECTS or (bool(kinds) and kinds.isdisjoint(_NOT_ASKED))
+    return word in OBJECTS or (bool(kinds) and word not in _TOO_WIDE and kinds.isdisjoint(_NOT_ASKED))
 
 
-_NOT_ASKED = frozenset({"body part", "piece of"}) | words_of(
+_NOT_ASKED = frozenset({"body part"}) | words_of(
     """person shape logo label deck back line spot base cover sun smoke lightning wave picture sky cloud road street
-    food meal water ground room shadow animal vehicle traffic furniture"""
+    water ground room shadow"""
 )
+_TOO_WIDE = words_of("food meal animal vehicle traffic furniture container tableware clothing equipment building thing")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ the reason ``writer.nothing_to_say``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, ClassVar
@@ -125,7 +125,7 @@ _OPPOSITE = {
     "above": "below",
     "below": "above",
 }
-_DETAIL_WORDS = 13
+_DETAIL_WORDS = 12
 """Fewest words of a long description."""
 _PAIRED = frozenset({"relation", "choice", "verify"})
 """Topics of which one conversation asks one for the same two things."""
@@ -140,7 +140,7 @@ class _Idea:
     topic: str
     keys: tuple[str, ...]
     """Of the things that it is about."""
-    write: Callable[[], Pair]
+    write: Callable[[], Pair | None]
 
 
 class _Composer:
@@ -267,6 +267,9 @@ class _Composer:
     def counts(self) -> list[tuple[Thing, Thing]]:
         """Things that one may count against each other, the more numerous first."""
         counted = [thing for thing in self.boxed if thing.count is not None and thing.noun.counts]
+        # "red circles and dogs" might be red dogs
+        if len({nouns.described(thing.key).head == thing.key.lower() for thing in counted}) > 1:
+            return []
         return [
             (a, b)
             for a in counted
@@ -448,26 +451,24 @@ class _Composer:
             answers.append(f"No, {none}, but there {self.are([other])} {self.a(other)}.")
         return question, self.choices.of(answers)
 
-    def presence(self, spoken: Set[str]) -> _Idea | None:
-        """Whether something is there; as often, something that is not, where that can be known."""
+    def presence(self, *, ask: bool = False) -> _Idea | None:
+        """Whether something is there; as often, something that is not, where that can be known. Where it cannot, only
+        every second time, if it need not be asked."""
         if self.context.labels:
             if self.choices.below(2) and self.facts.absent:
                 label = self.absent()
                 return _Idea("present", (label,), partial(self.ask_absent, label))
-        elif self.choices.below(2):
+        elif not ask and self.choices.below(2):
             return None
         there = [
             thing
             for thing in self.facts.things.values()
-            if thing.key not in spoken
-            and (
-                (thing.boxes and (thing.sole or thing.count))
-                or (
-                    not thing.boxes
-                    and self.named(thing)
-                    and nouns.askable(thing.key)
-                    and (thing.several or any(mention.number == 1 for mention in thing.mentions))
-                )
+            if (thing.boxes and (thing.sole or thing.count))
+            or (
+                not thing.boxes
+                and self.named(thing)
+                and nouns.askable(thing.key)
+                and (thing.several or any(mention.number == 1 for mention in thing.mentions))
             )
         ]
         if not there:
@@ -488,13 +489,18 @@ class _Composer:
         most = 2 + self.choices.below(4)
         talk = _Talk(most)
         texts = list(self.facts.order[:3])
+        opening: list[_Idea] = []
+        present = self.presence() if self.choices.below(5) < 3 else None
         if texts and self.choices.below(4):
             place = texts.pop(self.choices.below(len(texts)))
-            talk.add(self.ask_scene(place), telling.keys_of(self.facts, place), "scene")
-        if self.choices.below(5) < 3:
-            present = self.presence(talk.spoken)
-            if present is not None:
-                talk.add(present.write(), present.keys, "present")
+            keys = tuple(telling.keys_of(self.facts, place))
+            scene = _Idea("scene", keys, partial(self.ask_scene, place))
+            # "is there a dog" comes before what says that there is one
+            opening = [present, scene] if present is not None and present.keys[0] in keys else [scene]
+        if present is not None and present not in opening:
+            opening.append(present)
+        for idea in opening:
+            talk.add(idea.write(), idea.keys, idea.topic)
         held: dict[str, list[_Idea]] = {}
         for idea in self.ideas():
             held.setdefault(idea.topic, []).append(idea)
@@ -513,7 +519,7 @@ class _Composer:
                     pair = (self.choices.of(phrases.MORE_SCENE), pair[1])
                 talk.add(pair, telling.keys_of(self.facts, place), "scene")
         if len(talk.pairs) < 2 and "present" not in talk.topics:
-            present = self.presence(set())
+            present = self.presence(ask=True)
             if present is not None:
                 talk.add(present.write(), present.keys, "present")
         return talk.pairs if len(talk.pairs) > 1 else "no two questions could be answered from its texts and boxes"
@@ -546,12 +552,19 @@ class _Composer:
                         postures.add(held[0])
             if said:
                 break
+        coloured = [thing for thing in facts.things.values() if thing.sole and thing.colour and thing.key in known]
+        coloured = [thing for thing in coloured if self.has_colour(thing) and content.isdisjoint(thing.colour)][:2]
+        if coloured:
+            each = [f"the {self.one(thing)} {thing.noun.verb} {listed(thing.colour)}" for thing in coloured]
+            said.append(f"{capital(', and '.join(each))}.")
         for thing in self.boxed:
             if (thing.count or 0) > 1 and thing.key in known and not any(mention.stated for mention in thing.mentions):
                 said.append(f"There are {number(thing.count or 0)} {thing.noun.many}.")
                 break
         others = [thing for thing in self.boxed if thing.key not in known and (thing.sole or thing.count)][:6]
         if others:
+            # "two red circles and two dogs": the dogs might be red
+            others.sort(key=lambda thing: nouns.described(thing.key).head != thing.key.lower())
             items = listed([self.counted(thing) for thing in others])
             be = self.are(others)
             also = ("There {be} also {items}.", "The picture also shows {items}.", "Besides, there {be} {items}.")
@@ -606,7 +619,13 @@ class _Composer:
         for triple in self.triples():
             add("order", partial(self.why_order, triple))
             add("between", partial(self.why_between, triple))
+        for thing in self.soles:
+            if thing.side and thing.noun.live:
+                for deed in telling.deeds(self.facts, thing):
+                    add("who", partial(self.why_who, thing, deed))
         for a, b in self.pairs():
+            if a.side and b.side and (a.noun.live or b.noun.live):
+                add("sides", partial(self.why_sides, a, b))
             if _larger(a, b) and _alike(a, b) and a.noun.verb == "is" and _wider_and_taller(a, b):
                 add("larger", partial(self.why_larger, a, b))
         setting = self.place()
@@ -823,6 +842,38 @@ class _Composer:
         else:
             answer = f"There is more than one {thing.noun.one}, since I count {self.exactly(thing)} in the picture."
         return self.say(questions, one=thing.noun.one), answer
+
+    def why_who(self, thing: Thing, deed: telling.Deed) -> Pair:
+        said = deed.said.rstrip(".")
+        who = "Who" if thing.key == "person" else "What"
+        questions = (
+            f"{who} is {said}, and where in the picture?",
+            f"{who} is {said}? Say where in the picture, too.",
+        )
+        the = f"the {self.one(thing)}"
+        if the == "the person":
+            the = f"the {deed.subject.form.word}"
+        answers = (
+            f"{capital(the)} is {said}, on the {thing.side} side of the picture.",
+            f"It is {the}, on the {thing.side} side of the picture, that is {said}.",
+        )
+        return self.choices.of(questions), self.choices.of(answers[: 1 if "," in said else 2])
+
+    def why_sides(self, a: Thing, b: Thing) -> Pair:
+        a, b = self.choices.shuffled((a, b))
+        the, other = self.the(a, plain=True), self.the(b, plain=True)
+        questions = (
+            f"Are {the} and {other} on the same side of the picture? Explain.",
+            f"Do {the} and {other} share a side of the picture, left or right?",
+        )
+        if a.side == b.side:
+            answer = f"Yes, {the} and {other} are both on the {a.side} side of the picture."
+        else:
+            answer = (
+                f"No, {the} {a.noun.verb} on the {a.side} side of the picture, while {other} {b.noun.verb} on the "
+                f"{b.side} side."
+            )
+        return self.choices.of(questions), answer
 
     def why_edge(self, thing: Thing) -> Pair:
         words = self.words(thing)

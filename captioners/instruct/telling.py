@@ -188,7 +188,7 @@ def deeds(facts: Facts, thing: Thing) -> list[Deed]:
             continue
         if ". " in text.said or any(word in _FINITE for word in text.low[at + 1 :]):
             continue
-        if thing.sole and (first.several or text.low[0] not in ("a", "an", "the", "one")):
+        if thing.sole and (first.several or text.low[0] in ("his", "her", "their", "its", "my")):
             continue
         if not thing.sole and not (first.several and thing.several):
             continue
