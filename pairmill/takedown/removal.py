@@ -7,7 +7,8 @@ In this order:
 2. Under the dataset's lock the journal of paid answers goes into its table, and all files are searched, those of old
    versions and those that no version names too. What is found is written down as a sum (the table ``takedowns``), then
    all pairs that go become tombstones: from here on who goes does not depend on what is left of them.
-3. Each file that holds something of them, and that the latest version or a snapshot reads, gets a copy without it.
+3. Requests about them leave the batches of instruction data that wait or are under way. Each file that holds something
+   of them, and that the latest version or a snapshot reads, gets a copy without it.
 4. The table ``rewrites`` says which copy stands for which file, so old snapshots read the copies.
 5. Each table's latest version gets the copies in a commit.
 6. A snapshot is published, unless the last one had none of the pairs.
@@ -330,6 +331,7 @@ class _Takedown:
         if account.pairs or account.tables:
             self.write_down("found", account)
         self.follow(findings)
+        self.leave_batches(findings)
         replaced = self.copy(inventory, findings)
         self.stand_in(replaced)
         self.commit(inventory, replaced)
@@ -375,6 +377,12 @@ class _Takedown:
             marks += [{"kind": k, "hash": h, "request": request, "at": at, "done": False} for k, h in found]
         if marks:
             _append_tombstones(self.dataset, marks)
+
+    def leave_batches(self, findings: Findings) -> None:
+        """Take requests about the pairs, and results of them, out of the batches of instruction data."""
+        from captioners.instruct.batch import forget
+
+        forget(self.dataset, findings.tombstones.uids)
 
     def copy(self, inventory: Inventory, findings: Findings) -> list[_Replaced]:
         """Write a copy of each file that is needed, without the pairs."""
