@@ -63,6 +63,15 @@ def test_the_demo_runs_adds_up_and_is_right(tmp_path: Path):
         run_demo(100, out, Silent(), engine="local")
 
 
+FAULTS = {
+    "outside": "box.outside",
+    "swapped": "box.degenerate",
+    "not_finite": "box.not_finite",
+    "unlabelled": "box.no_label",
+}
+"""Why a faulty box of the procedural web is rejected."""
+
+
 def check_boxes_and_instructions(out: Path, snapshot: Snapshot, report: DemoReport) -> None:
     faults = {(row["url"], row["text"]): row["box_faults"] for row in pq.read_table(out / "truth.parquet").to_pylist()}
     found = query(
@@ -73,7 +82,12 @@ def check_boxes_and_instructions(out: Path, snapshot: Snapshot, report: DemoRepo
     assert {(row["url"], row["text"]): row["number"] for row in found} == {
         (row["url"], row["text"]): (faults[row["url"], row["text"]] or []).count(None) for row in found
     }, "a kept pair has its true boxes, and none of the faulty ones"
-    assert any(any(faults[row["url"], row["text"]] or ()) for row in found), "there were some"
+    rejected = query(
+        snapshot,
+        "SELECT reason FROM rejected_boxes JOIN pairs ON pairs.uid = rejected_boxes.uid WHERE status = 'kept'",
+    )["reason"].to_pylist()
+    planted = [FAULTS[fault] for row in found for fault in faults[row["url"], row["text"]] or () if fault]
+    assert sorted(rejected) == sorted(planted) and planted
 
     score = report.metrics.instructions
     written = query(snapshot, "SELECT id FROM instructions WHERE reason IS NULL")["id"].to_pylist()

@@ -292,7 +292,7 @@ _PLACE = re.compile(rf"{_ONE_PLACE}(?: ?,? {_ONE_PLACE})*(?P<across> ?,? from le
 _ATTRIBUTE = rf"(?:{_COLOUR}|{'|'.join(_SIZE)})"
 _ATTRIBUTES = re.compile(rf"{_ATTRIBUTE}(?:(?: ,)?(?: and)? {_ATTRIBUTE})*(?![a-z])")
 _CLAUSES = re.compile(r" : | , (?:since|because|while|whereas) | , (?:but|and) (?=there |N\d+ (?:is|are) )")
-_JOINED = re.compile(r"(?: , and| , but| ,| and| but)(?: also)?(?: (?:it|they|that) (?:is|are)| is| are)? ")
+_JOINED = re.compile(r"(?: , and| , but| ,| and| but)(?: also)?(?: is| are)? ")
 
 
 def _phrases_in(text: str | None) -> list[int]:
@@ -542,9 +542,9 @@ class _Reader:
             self.compare(claims, int(found["n"]), relation)
 
     def outnumber(self, claims: _Claims, found: re.Match[str]) -> None:
-        """There are more ... than ..."""
+        """There are more (fewer) ... than ..."""
         first, second = self.count(int(found["a"])), self.count(int(found["b"]))
-        true = {"more": first > second, "fewer": first < second, "as many": first == second}[found["how"]]
+        true = first > second if found["how"] == "more" else first < second
         claims.conditions.append(((), lambda: true))
 
     def ordered(self, claims: _Claims, found: re.Match[str]) -> None:
@@ -622,6 +622,10 @@ class _Reader:
             for relation in RELATIONS
         )
 
+    def on_one_side(self, xs: _Option, ys: _Option) -> bool:
+        """Whether all these objects are on the left, or all on the right of the picture."""
+        return any(all(self.world.at(n, {side}) for n in (*xs, *ys)) for side in ("left", "right"))
+
     # -- questions -----------------------------------------------------------------------------------------------------
 
     def ask(self, question: str) -> None:
@@ -663,6 +667,10 @@ class _Reader:
             if self.meant(about[0]).boxes is None:
                 raise _NotUnderstood(text)
             return _Frame("identity", about)
+        if kind == "sides":
+            claims = _Claims()
+            claims.add((about[0], about[1]), self.on_one_side)
+            return _Frame("yes or no", about, claims=claims)
         if kind == "difference" and text.startswith("do "):
             more = self.count(about[0]) > self.count(about[1])
             return _Frame(kind, about, claims=_Claims([], [((), lambda: more)]))
@@ -829,8 +837,6 @@ class _Reader:
         if len(mine) != 1 or len(others) != 1 or self.count(mine[0]) <= self.count(others[0]):
             return False
         said = found.groupdict()
-        if said.get("number") and _numeral(said["number"]) != self.count(mine[0]):
-            return False
         numbered = [
             (int(said[name]), to) for name, to in (("so_many", mine[0]), ("against", others[0])) if said.get(name)
         ]
@@ -944,7 +950,6 @@ _STATEMENTS: tuple[tuple[re.Pattern[str], Callable[[_Reader, _Claims, re.Match[s
     (re.compile(pattern), rule)
     for pattern, rule in (
         (r"there are (?P<how>more|fewer) N(?P<a>\d+) than N(?P<b>\d+)", _Reader.outnumber),
-        (r"there are (?P<how>as many) N(?P<a>\d+) as N(?P<b>\d+)", _Reader.outnumber),
         (rf"{_FROM}(?: {_SHOWN})?(?: :| ,)? {_ALL}", _Reader.ordered),
         (rf"(?:there|here) (?:is|are) {_ALL}{_REST}", _Reader.exist),
         (rf"(?:we|you|i|one) (?:can )?(?:also )?(?:see|count|find) {_ALL}{_REST}", _Reader.exist),
@@ -973,7 +978,6 @@ _QUESTIONS = tuple(
     for pattern, kind in (
         (rf"how many {_N} and {_N} (?:are there altogether|does {_PICTURE} show in all)", "total"),
         (rf"if you count {_N} and {_N} together", "total"),
-        (rf"what do {_N} and {_N} add up to", "total"),
         (rf"do {_N} outnumber {_N}", "difference"),
         (rf"more {_N} or more {_N} , and by how many", "difference"),
         (rf"which are there more of , {_N} or {_N} explain", "difference"),
@@ -988,6 +992,7 @@ _QUESTIONS = tuple(
         (rf"(?:are most of|are there more) {_N} (?:in the left|, and how)|(?:side|half) .* more {_N}", "halves"),
         (rf"is there (?:more than )?{_N} .*(?:explain|or are there more|how do you know)", "only"),
         (rf"(?:is|are) {_N} nearer to the left or to the right edge", "edge"),
+        (rf"(?:are {_N} and {_N} on the same side|do {_N} and {_N} share a side) of {_PICTURE}", "sides"),
         (rf"{_N} (?:that )?is (?:furthest|farthest) to the (?:left|right)$", "outermost"),
         (rf"(?:which|what) .*{_N} or {_N}", "choice"),
         (rf"compare how large {_N} and {_N} appear", "choice"),
@@ -1024,7 +1029,6 @@ _WHOLE: tuple[tuple[str, re.Pattern[str], Callable[[_Reader, tuple[int, ...], re
         ("find", rf"there are N(?P<n>\d+) : {_ALL}", _Reader._located),
         ("what", r"(?:(?:that|there) is |N\d+ is )?N(\d+)", _Reader._what),
         ("outermost", r"(?:(?:it|N\d+) is )?N(\d+)(?: is here)?", _Reader._outermost),
-        ("more", rf"there are more N(?P<more>\d+) : {_SO_MANY} , against N(?P<against>\d+)", _Reader._more),
         ("more", r"there are more N(?P<more>\d+) , N(?P<so_many>\d+) against N(?P<against>\d+)", _Reader._more),
         ("more", r"there are more N(?P<more>\d+) than N(?P<against>\d+)", _Reader._more),
         ("more|difference", r"(?:there are more |more )?N(?P<more>\d+)", _Reader._more),
@@ -1033,7 +1037,6 @@ _WHOLE: tuple[tuple[str, re.Pattern[str], Callable[[_Reader, tuple[int, ...], re
             rf"(?:there are more N(?P<more>\d+) : )?i count {_TWO} , a difference of {_SO_MANY}",
             _Reader._difference,
         ),
-        ("difference", rf"with {_TWO} , N(?P<more>\d+) are ahead by {_SO_MANY}", _Reader._difference),
         (
             "difference",
             r"N(?P<more>\d+) outnumber N\d+ , since there are N(?P<a>\d+) but (?:only )?N(?P<b>\d+)",

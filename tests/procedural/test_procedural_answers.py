@@ -48,6 +48,16 @@ PAIR = Scene(
         shape("white", "ring", "small", 200, 260),
     ),
 )
+ROW = Scene(
+    400,
+    320,
+    GREY,
+    (
+        shape("red", "circle", "small", 60, 90),
+        shape("blue", "circle", "small", 130, 180),
+        shape("white", "circle", "large", 300, 160),
+    ),
+)
 BOXES = [Box("x", *box) for box in SCENE.boxes()]  # 0 circle, 1 star, 2 ring
 ELSEWHERE = Box("x", 250, 200, 330, 300)
 
@@ -66,7 +76,7 @@ def read_table() -> Iterator[tuple[str, Scene, list[str], list[str]]]:
     scene = SCENE
     for place, line in enumerate(lines):
         if line.startswith("#"):
-            scene = {"scene": SCENE, "pair": PAIR}[line[2:].split(":")[0]]
+            scene = {"scene": SCENE, "pair": PAIR, "row": ROW}[line[2:].split(":")[0]]
         elif line.startswith("?"):
             answers = list(takewhile(bool, lines[place + 1 :]))
             yield line[2:], scene, *([a[2:] for a in answers if a[0] == sign] for sign in "+-")
