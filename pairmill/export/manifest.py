@@ -287,7 +287,8 @@ def finish_changes(folder: Folder, manifest: Manifest) -> None:
     for name in there:
         if is_temporary(name) or (number_of(name) is not None and name not in listed):
             folder.remove(name)
-    images.sweep(folder, {entry.number for entry in manifest.files if entry.lists_images})
+    if has_image_files(manifest.export):
+        images.sweep(folder, {entry.number for entry in manifest.files if entry.lists_images})
     folder.settle()
     folder.write_json(MANIFEST, manifest.to_json())
     folder.settle()
@@ -300,6 +301,11 @@ def flat(export: Mapping[str, Any]) -> dict[str, Any]:
     options = export.get("options")
     rest = {name: value for name, value in export.items() if name != "options"}
     return {**rest, **options} if isinstance(options, dict) else rest
+
+
+def has_image_files(export: Mapping[str, Any]) -> bool:
+    """Whether the folder ``images`` is the export's, by what a manifest says of it."""
+    return flat(export).get("images") == "files"
 
 
 def _written(files: Iterable[dict[str, Any]]) -> tuple[Written, ...]:

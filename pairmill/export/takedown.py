@@ -34,6 +34,7 @@ from pairmill.export.manifest import (
     FileEntry,
     Manifest,
     finish_changes,
+    has_image_files,
     is_temporary,
     number_of,
     read_manifest,
@@ -148,7 +149,7 @@ def holds_pairs(out: str, uids: Collection[str]) -> Held:
         folder = Folder(out)
         if not folder.exists():
             return Held(folder.url, Reach.GONE, note=_gone(folder))
-        names = _all_names(folder)
+        names = _all_names(folder, folder.sizes())
         found, unread = _search(folder, names, wanted)
     except Exception as error:  # noqa: BLE001 (whatever a file system of fsspec raises)
         return Held(without_secrets(out), Reach.UNREACHABLE, note=_unreachable(out, error))
@@ -179,10 +180,12 @@ class _Takedown:
     def __init__(self, folder: Folder, uids: frozenset[str], dataset: str | None) -> None:
         self._folder = folder
         self._uids = uids
-        self._sizes = _all_names(folder)
+        self._sizes = folder.sizes()
         state = next((name for name in STATES if name in self._sizes), None)
         raw = folder.read_json(state) if state else None
         export = raw.get("export") if isinstance(raw, dict) else None
+        if not isinstance(export, dict) or has_image_files(export):
+            self._sizes = _all_names(folder, self._sizes)
         there = export.get("dataset") if isinstance(export, dict) else None
         self._other = there if dataset is not None and there not in (None, without_secrets(dataset)) else None
         self._finished = read_manifest(folder, state) if state in (MANIFEST, TAKEDOWN) else None
@@ -375,15 +378,13 @@ def remove_from_exports(dataset: Dataset, uids: Collection[str], *, dry_run: boo
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _all_names(folder: Folder) -> dict[str, int]:
-    """Names and sizes of everything in a folder. The images of a group are one thing, with a size of 0; the folder of
-    all images, which is none, is left out."""
-    sizes = folder.sizes()
+def _all_names(folder: Folder, sizes: dict[str, int]) -> dict[str, int]:
+    """Names and sizes of everything in a folder, and inside its folder of images instead of that. The images of a group
+    are one thing, with a size of 0."""
     if images.IMAGES not in sizes or not folder.is_folder(images.IMAGES):
         return sizes
-    del sizes[images.IMAGES]
     inside = [*map(images.folder_name, images.groups(folder)), *images.foreign(folder)]
-    return {**sizes, **dict.fromkeys(inside, 0)}
+    return {**{name: sizes[name] for name in sizes if name != images.IMAGES}, **dict.fromkeys(inside, 0)}
 
 
 def _names_of(entry: FileEntry) -> list[str]:

@@ -19,6 +19,7 @@ from pairmill.export.manifest import (
     FileEntry,
     Manifest,
     flat,
+    has_image_files,
     is_temporary,
 )
 
@@ -99,12 +100,12 @@ def verify_export(
         progress.start("verify", manifest.pairs)
     pictures = _Pictures()
     problems = [*_unexpected(manifest, expected or {}), *_checked(folder, sizes, manifest, pictures, progress)]
-    if images.IMAGES in sizes:
+    if has_image_files(manifest.export):
         problems += [Problem(name, Wrong.SURPLUS, _why_surplus(name)) for name in pictures.surplus(folder, manifest)]
     if progress:
         progress.finish()
     listed = {part.name for part in parts} | {MANIFEST}
-    listed |= {images.IMAGES} if any(entry.lists_images for entry in manifest.files) else set()
+    listed |= {images.IMAGES} if has_image_files(manifest.export) else set()
     problems += [Problem(name, Wrong.SURPLUS, _why_surplus(name)) for name in sizes if name not in listed]
     return VerifyReport(
         folder.url,

@@ -192,3 +192,27 @@ def test_on_any_file_system(built, out):
     assert there() == data(out) and verify_export(url).ok
     assert remove_pairs(url, [PAIRS[4].uid]).samples == remove_pairs(str(out), [PAIRS[4].uid]).samples == 1
     assert there() == data(out) and verify_export(url).ok
+
+
+def test_columns_of_the_source_name_no_file(tmp_path):
+    extra = {"key": "../../evil", "format": "sh", "uid": "0", "conversations": [], "image": "evil", "width": 1}
+    built, out = build(str(tmp_path / "data"), [instructed(Pair(0, 0, extra=extra))]), tmp_path / "out"
+    for images in ("files", "shards"):
+        export(built.snapshot, str(out / images), "llava", options=Options(images=images))
+        (record, *_) = json.loads((out / images / "llava.json").read_text())
+        assert record["image"].endswith("000000000.jpg") and len(record["conversations"]) == 4
+    assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*")} == {"data", "out"}
+    assert sorted(n for n in files(out / "files") if "images/" in n) == ["images/00000/000000000.jpg"]
+
+
+def test_a_folder_images_in_an_export_without_any_is_somebody_elses(built, tmp_path):
+    out = tmp_path / "out"
+    export(built.snapshot, str(out), "webdataset", pairs_per_shard=3)
+    mine = out / "images" / "00001" / "000010000.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"x")
+    assert problems(verify_export(str(out)))[0] == ("images", "surplus")
+    removal = remove_pairs(str(out), [PAIRS[4].uid])
+    assert removal.samples == 1 and removal.left == ("images",)
+    export(built.snapshot, str(out), "webdataset", pairs_per_shard=3)
+    assert mine.read_bytes() == b"x"
