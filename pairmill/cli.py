@@ -360,7 +360,8 @@ def demo(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """The main job offline: a loopback web of procedural pictures whose truth is known, the shipped model, an export.
+    """The main job offline: a loopback web of procedural pictures whose truth is known, the shipped models, instruction
+    data without a model, two exports.
 
     \b
     Examples:
