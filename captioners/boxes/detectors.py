@@ -28,6 +28,8 @@ QUERY = "a photo of a {}"
 MAX_ASPECT = 8
 """Longer over shorter side of what Grounding DINO is shown: thinner images are padded. Of a very thin one (50 to 1, at
 1333 pixels) it would have fewer patches than queries, and fail."""
+MAX_QUERIES = 20_000
+"""Vectors of queries that are remembered, before all of them are forgotten."""
 TEXT_ROWS = 8
 """Queries of each forward pass of OWLv2's text model."""
 
@@ -106,6 +108,8 @@ class Owlv2Detector(Detector):
 
     def _embed(self, labels: Sequence[str]) -> None:
         """Fill `_queries`: unit vectors of the labels' queries."""
+        if len(self._queries) > MAX_QUERIES:
+            self._queries.clear()
         new = [label for label in dict.fromkeys(labels) if label not in self._queries]
         starts = [new[start : start + TEXT_ROWS] for start in range(0, len(new), TEXT_ROWS)]
         checkpoint = self._checkpoint

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from captioners.boxes import box_steps
+from captioners.boxes import box_steps, detectors
 from captioners.boxes.checkpoints import load_detector
 from captioners.boxes.detect import MAX_LABELS, Detections, chosen, suppressed
 from captioners.boxes.detectors import MAX_ASPECT, QUERY, Detector, GroundingDinoDetector, Prompt, detector_of, label_of
@@ -93,13 +93,15 @@ def test_boxes_are_those_of_transformers_own_post_processing(checkpoints, images
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_image_gets_does_not_depend_on_its_neighbours(checkpoints, images, kind):
+def test_what_an_image_gets_does_not_depend_on_its_neighbours(checkpoints, images, kind, monkeypatch):
     one = detector(checkpoints[kind], 0.5, batch=4)
     together = one.detect(images, LABELS)
     assert sum(map(len, together)) > 50
     assert one.detect(images[::-1], LABELS[::-1]) == together[::-1]
     assert [one.detect([image], [row])[0] for image, row in zip(images, LABELS, strict=True)] == together
     assert detector(checkpoints[kind], 0.5, batch=4).detect(images[3:], LABELS[3:]) == together[3:]
+    monkeypatch.setattr(detectors, "MAX_QUERIES", 2)
+    assert one.detect(images, LABELS) == together
     with_more = detector(checkpoints[kind], 0.5, batch=4)
     assert with_more.detect(images[:2], [LABELS[0], LABELS[5]])[0] == together[0]
 
