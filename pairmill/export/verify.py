@@ -181,7 +181,9 @@ def _check(folder: Folder, sizes: Mapping[str, int], part: Written) -> Iterator[
 def _unexpected(manifest: Manifest, expected: Mapping[str, Any]) -> Iterator[Problem]:
     there = {**flat(manifest.export), "snapshot": manifest.snapshot}
     for name, value in expected.items():
-        if there.get(name) != value:
+        found = there.get(name)
+        same = sorted(found) == sorted(value) if isinstance(found, list) and isinstance(value, list) else found == value
+        if not same:
             yield Problem(MANIFEST, Wrong.OTHER, f"{name} is {there.get(name)!r} instead of {value!r}")
 
 
