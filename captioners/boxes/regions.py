@@ -28,6 +28,7 @@ SIZE_KEY = "annotated_size"
 
 _JOINERS = "\u200c\u200d"
 """Invisible, but they change how letters (Persian) and emoji beside them look."""
+_ROUND = str.maketrans("[]", "()")
 _CORNERS = ("x1", "y1", "x2", "y2")
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -118,13 +119,14 @@ class Regions(Stage):
 
 def clean_label(label: str | None) -> str:
     """A label as it is stored: NFC, control, bidirectional and other invisible characters taken out, white space
-    single, at most `MAX_LABEL` characters. Cleaning a clean label changes nothing. Null is empty."""
+    single, square brackets round (they mark mentions of boxes, see `pairmill.instructions`), at most `MAX_LABEL`
+    characters. Cleaning a clean label changes nothing. Null is empty."""
     shown = "".join(
         " " if c.isspace() else c
         for c in (label or "")[: 100 * MAX_LABEL]
         if c.isspace() or c in _JOINERS or unicodedata.category(c) not in ("Cc", "Cf", "Cs")
     )
-    return " ".join(unicodedata.normalize("NFC", shown).split())[:MAX_LABEL].strip()
+    return " ".join(unicodedata.normalize("NFC", shown).translate(_ROUND).split())[:MAX_LABEL].strip()
 
 
 def _extra(extra: str | None) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def test_a_row_without_image_has_nulls():
 
 def test_labels_are_cleaned():
     assert clean_label(" traffic\t\n light \x07\u202eder\u2066 ") == "traffic light der"
+    assert clean_label("man [on bike](box:1)") == "man (on bike)(box:1)"
     assert clean_label("e\u0301") == "\u00e9" and clean_label("e\u200b\u0301") == "\u00e9"
     assert len(clean_label("x" * 10**6)) == MAX_LABEL
     assert clean_label(None) == "" == clean_label("\u200e")
