@@ -70,7 +70,10 @@ def export(
     boxes: Annotated[
         str | None,
         typer.Option(
-            "--boxes", metavar="DIALECT", help="how boxes are written, where not as the format's trainer does"
+            "--boxes",
+            metavar="DIALECT",
+            help="how boxes are written, where not as the format's trainer does: llava, shikra, qwen_vl, qwen2_vl, "
+            "minigpt_v2, kosmos2, plain",
         ),
     ] = None,
     snapshot: SnapshotId = None,
