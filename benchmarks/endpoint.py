@@ -3,7 +3,9 @@ those of a bare aiohttp loop, at the same number of requests in flight, over one
 
 The endpoint is on the loopback, in a process of its own; an answer takes 100 to 500 ms, drawn from the request, as long
 as it does for a model; prompts and answers are as long as LLaVA's (5 kB, 900 characters). Each client runs in a process
-of its own, too, and they take turns. The journal is switched on, and a budget that is large enough.
+of its own, too, and they take turns. The journal is switched on, and a budget that is large enough. ``batched`` is the
+same in the sessions of a stage: `BATCH` requests, three kinds of a shard of 1,000 pairs, then the next ones; each waits
+for its slowest answers.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-REQUESTS = 3000
+REQUESTS = 6000
 IN_FLIGHT = 200
 ROUNDS = 3
+BATCH = 3000
 CONTEXT = "A brown dog lies on a red sofa beside a window, and a cup stands on the table. " * 64
 ANSWER = "Question:\n===\nWhat lies on the sofa?\n===\nAnswer:\n===\nA brown dog lies on it.\n" * 12
 
@@ -87,7 +90,12 @@ def bare(port: int, turn: int, requests: int, in_flight: int, _: str) -> int:
     return asyncio.run(run())
 
 
-def paid(port: int, turn: int, requests: int, in_flight: int, dataset: str) -> int:
+def batched(port: int, turn: int, requests: int, in_flight: int, dataset: str) -> int:
+    """`paid`, one session after the other."""
+    return paid(port, turn, requests, in_flight, f"{dataset}-batched", BATCH)
+
+
+def paid(port: int, turn: int, requests: int, in_flight: int, dataset: str, batch: int | None = None) -> int:
     """`PaidChat`, with its journal and a budget. Returns how many answers there were."""
     from captioners.chat import ChatRequest, PaidChat
     from schemas.config import Budget, InstructWriter, Price
@@ -96,17 +104,18 @@ def paid(port: int, turn: int, requests: int, in_flight: int, dataset: str) -> i
     writer = InstructWriter(kind="endpoint", name="some/model", base_url=url, concurrency=in_flight)
     chat = PaidChat.of(dataset, writer, Price(prompt=1, completion=4), Budget(tokens=10**9, money=10**4))
 
-    async def run() -> int:
+    async def session(numbers: range) -> int:
         async with chat:
 
             async def one(number: int) -> bool:
                 asked = ChatRequest(tuple(messages(turn, number)), 1000, 0.7, 0.95, number)
-                answer = await chat.ask(f"{turn:032x}{number:032x}", number // 1000, "detail", asked)
+                answer = await chat.ask(f"{turn:032x}{number:032x}", number // BATCH, "detail", asked)
                 return bool(answer.text) and not answer.cached
 
-            return sum(await asyncio.gather(*(one(number) for number in range(requests))))
+            return sum(await asyncio.gather(*map(one, numbers)))
 
-    return asyncio.run(run())
+    size = batch or requests
+    return sum(asyncio.run(session(range(start, min(start + size, requests)))) for start in range(0, requests, size))
 
 
 def client(pipe: Connection, work: Callable[..., int], *arguments: Any) -> None:
@@ -145,10 +154,12 @@ def main() -> None:
     server = context.Process(target=serve, args=(theirs,))
     server.start()
     port = pipe.recv()
-    found: dict[str, list[tuple[float, float]]] = {"bare": [], "paid": []}
+    clients = (bare, paid, batched)
+    found: dict[str, list[tuple[float, float]]] = {work.__name__: [] for work in clients}
     with tempfile.TemporaryDirectory(prefix="pairmill-endpoint-") as folder:
         for turn in range(arguments.rounds):
-            for name, work in (("bare", bare), ("paid", paid)) if turn % 2 else (("paid", paid), ("bare", bare)):
+            for work in clients if turn % 2 else clients[::-1]:
+                name = work.__name__
                 figures = timed(work, port, turn, arguments.requests, arguments.in_flight, f"{folder}/{turn}")
                 found[name].append(figures)
                 print(f"{name}: {figures[0]:.0f} requests a second, {figures[1]:.2f} ms of CPU a request", flush=True)
@@ -162,7 +173,10 @@ def main() -> None:
         }
         for name, runs in found.items()
     }
-    ratio = middle["paid"]["requests_per_second"] / middle["bare"]["requests_per_second"]
+    ratios = {
+        name: round(float(middle[name]["requests_per_second"]) / float(middle["bare"]["requests_per_second"]), 3)
+        for name in ("paid", "batched")
+    }
     results = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": {
@@ -177,13 +191,15 @@ def main() -> None:
         "latency_s": [0.1, 0.5],
         "most_at_that_latency": round(arguments.in_flight / 0.3, 1),
         **middle,
-        "ratio": round(ratio, 3),
+        "batch": BATCH,
+        "ratio": ratios,
         "peak_rss_mib_of_a_client": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }
     out = arguments.out or Path(__file__).parent / "results" / f"endpoint-{results['date']}.json"
     out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
-    print(f"{100 * ratio:.1f}% of what a bare loop gets; {100 * (1 - ratio):.1f}% below it")
+    for name, ratio in ratios.items():
+        print(f"{name}: {100 * ratio:.1f}% of what a bare loop gets")
 
 
 if __name__ == "__main__":

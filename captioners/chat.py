@@ -368,7 +368,7 @@ class _Live:
                 raise Failed(Reason.WRITER_BUDGET, str(spent), wait_s=float("inf")) from None
             begin = time.monotonic()
             try:
-                read = await self.client.send(request)
+                read = await self.client.send(request, digest)
             except Failed as failure:
                 if failure.charged or (failure.reason is Reason.WRITER_REFUSED and not isinstance(failure, Rejected)):
                     answer = self._chat.answer(ticket, request, failure, time.monotonic() - begin)

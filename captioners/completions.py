@@ -372,8 +372,8 @@ class ChatClient:
             detail = f"the endpoint left {self._unanswered} requests in a row unanswered; this one was not tried"
             raise Failed(self._silence, detail, wait_s=float("inf"))
 
-    async def send(self, request: ChatRequest) -> Completion:
-        """One request within its deadline.
+    async def send(self, request: ChatRequest, digest: str | None = None) -> Completion:
+        """One request within its deadline; `digest` is its digest, where that is known.
 
         Raises:
             Failed: it has no answer that can be used.
@@ -384,7 +384,7 @@ class ChatClient:
         try:
             payload = self._payload(request)
             status, headers, body = await asyncio.wait_for(
-                self._post(payload, self.endpoint.digest(request), sent), self.endpoint.timeout_s
+                self._post(payload, digest or self.endpoint.digest(request), sent), self.endpoint.timeout_s
             )
             completion = self.read(request, status, headers, body)
         except asyncio.TimeoutError:

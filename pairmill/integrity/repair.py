@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pairmill.answers import ANSWERS_TABLE
 from pairmill.errors import ConfigError, SourceError, StoreError
 from pairmill.integrity import pairs
 from pairmill.integrity.examine import Examination, holds_records, is_stage_table, walk
@@ -350,6 +351,8 @@ class _Repair:
                 f"{rows} tombstones are lost: what they took down may come back; "
                 "run `pairmill forget` again for it at once"
             )
+        if table == ANSWERS_TABLE:
+            return f"{rows} answers that were paid for are lost; their questions will be paid for again"
         return f"{rows} records of {table} are lost; nothing can compute them again"
 
     # -- pairs, stages, ledger --
