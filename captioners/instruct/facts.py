@@ -70,6 +70,9 @@ class Mention:
     head: bool
     """The phrase is about it: it is no part of a compound."""
     adjectives: tuple[str, ...]
+    """In lower case already: those of a name ("Navy ship") are left out."""
+    digits: bool
+    """The number is in digits."""
 
     @property
     def stated(self) -> int | None:
@@ -83,6 +86,8 @@ class Text:
 
     tokens: tuple[str, ...]
     low: tuple[str, ...]
+    words: frozenset[str]
+    """All of its words and pairs of words, those after the first sentence, too."""
     mentions: tuple[Mention, ...]
     said: str | None
     """As a sentence; null where it cannot be made one safely."""
@@ -109,6 +114,8 @@ class Thing:
     material: str | None = None
     colour_in_label: bool = False
     mentions: list[Mention] = field(default_factory=list)
+    told: list[Mention] = field(default_factory=list)
+    """Those in texts that can be said (`Text.said`); only they say anything, the others may but contradict."""
     several: bool = False
     """Texts speak of it in the plural."""
     box: Box | None = None
@@ -221,6 +228,7 @@ def read(context: Context) -> Facts:
         thing.mentions = mentions
         things[key] = thing
     for thing in things.values():
+        thing.told = [mention for mention in thing.mentions if texts[mention.text].said is not None]
         _judge(thing, context, things)
     ordered = dict(sorted(things.items(), key=lambda item: (not item[1].boxes, -_area(item[1], context.boxes))))
     return Facts(context, texts, _quotable(context, texts, ordered), ordered, _absent(context, texts, ordered))
@@ -272,9 +280,19 @@ def _named(mention: Mention, things: dict[str, Thing], labels: dict[str, tuple[F
     return [key for key in things if kinds.keys.get(key.lower()) == form.key] if not labels or form.same else []
 
 
+_ARTICLE = re.compile(r"\b([Aa])(?= (?!one\b|once\b|eu|uni|use)[aeio])")
+"""``a ocean``"""
+_NEXT = re.compile(r"(?<=[a-z]{2}[.!]) +(?=[A-Z])")
+"""Between sentences: of a text only the first is read, since what follows is often no description."""
+
+
 def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
+    text = _ARTICLE.sub(r"\1n", text)
+    whole = [token.lower() for token in TOKEN.findall(text)]
+    text = _NEXT.split(text, maxsplit=1)[0]
     tokens = tuple(TOKEN.findall(text))
     low = tuple(token.lower() for token in tokens)
+    words = frozenset((*whole, *(f"{a} {b}" for a, b in pairwise(whole))))
     forms = nouns.lexicon().forms
     mentions: list[Mention] = []
     at, total = 0, len(low)
@@ -290,14 +308,14 @@ def _parse(index: int, text: str, labels: dict[str, tuple[Form, ...]]) -> Text:
             at += 1
             continue
         end = at + len(form.words)
-        mention = _mention(index, low, last, at, end, form)
+        mention = _mention(index, tokens, low, last, at, end, form)
         mentions.append(mention)
         at = end
         if mention.head:
             last = end
     grammatical = not any(_one_for_many(low, mention) for mention in mentions)
     said = sentence(text, tokens, low) if grammatical else None
-    return Text(tokens, low, tuple(mentions), said, None if said is None else _spans(said, low))
+    return Text(tokens, low, words, tuple(mentions), said, None if said is None else _spans(said, low))
 
 
 def _spans(said: str, low: tuple[str, ...]) -> tuple[tuple[int, int], ...] | None:
@@ -319,10 +337,13 @@ def _one_for_many(low: Sequence[str], mention: Mention) -> bool:
     return mention.stated is not None or first in ("several", "many", "few") or of_group
 
 
+_COMPOUNDS = words_of("serving cutting dining living parking shopping drinking baking mixing washing")
 _NO_VERBS = words_of("string family clothing ceiling morning evening wedding king series glasses")
 
 
-def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, form: Form) -> Mention:
+def _mention(
+    index: int, tokens: tuple[str, ...], low: tuple[str, ...], first: int, at: int, end: int, form: Form
+) -> Mention:
     after = low[end] if end < len(low) else "."
     head = (
         (not after[0].isalnum() and after != "'")
@@ -333,6 +354,7 @@ def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, fo
     ) and after != "-"
     start = at
     number: int | None = None
+    digits = False
     several = form.many
     adjectives: list[str] = []
     while start > first:
@@ -349,6 +371,7 @@ def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, fo
         if word in nouns.NUMBERS or word.isdigit():
             start -= 1
             number = nouns.NUMBERS.get(word) or int(word[:6])
+            digits = word.isdigit()
             if start > first and low[start - 1] in ("the", "these", "those", "all"):
                 start -= 1
             break
@@ -374,10 +397,13 @@ def _mention(index: int, low: tuple[str, ...], first: int, at: int, end: int, fo
             break
         if word in nouns.PARTICIPLES or (word in nouns.VERBS and word not in ("open", "closed")):
             break
-        adjectives.append(word)
         start -= 1
+        if start == 0 or tokens[start] == word:
+            adjectives.append(word)
+    if after in _COMPOUNDS and end + 1 < len(low) and low[end + 1] in nouns.lexicon().keys:
+        head = False  # a wooden pan serving tray
     head = head and (start == 0 or low[start - 1] not in ("no", "without"))
-    return Mention(index, start, at, end, form, number, several, head, tuple(reversed(adjectives)))
+    return Mention(index, start, at, end, form, number, several, head, tuple(reversed(adjectives)), digits)
 
 
 def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
@@ -396,7 +422,6 @@ def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
     rivals = [
         other for other in things.values() if other is not thing and kinds.keys.get(other.key.lower(), other.key) == key
     ]
-    head = nouns.described(thing.key).head
     count = len(thing.boxes)
     if count:
         detected = any(boxes[place].score is not None for place in thing.boxes)
@@ -427,15 +452,15 @@ def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
             thing.box = boxes[thing.boxes[0]]
     else:
         numbers = {mention.number for mention in thing.mentions if mention.number is not None}
-        plain = not any(mention.adjectives for mention in thing.mentions if mention.stated)
+        plain = any(mention.stated and not mention.adjectives and not mention.digits for mention in thing.told)
         if len(stated) == 1 and numbers == stated and plain:
             thing.count = next(iter(stated))
-        thing.sole = not thing.several and named == 1 and thing.key not in nouns.OUTDOORS
-    if not thing.colour:
-        thing.colour = _agreed([_colours(mention) for mention in thing.mentions if mention.form.key == key or head])
+        thing.sole = bool(thing.told) and not thing.several and named == 1 and thing.key not in nouns.OUTDOORS
+    if not thing.colour and any(_colours(mention) for mention in thing.told):
+        thing.colour = _agreed([_colours(mention) for mention in thing.mentions])
     materials = {
         nouns.MATERIALS[mention.adjectives[-1]]
-        for mention in thing.mentions
+        for mention in thing.told
         if mention.adjectives and mention.adjectives[-1] in nouns.MATERIALS
     }
     if len(materials) == 1:
@@ -464,23 +489,31 @@ def _agreed(colours: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 # -- texts as sentences -----------------------------------------------------------------------------------------------
 
-_CAPITAL = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+(?! [A-Z])")
 
-
-def _lowered(match: re.Match[str]) -> str:
-    """A noun with a needless capital; a name keeps it."""
-    low = match[0].lower()
-    return low if low in nouns.lexicon().keys else match[0]
+def _lowered(said: str) -> str:
+    """Nouns with a needless capital lower case; those beside another capital are names."""
+    words = said.split(" ")
+    for place in range(1, len(words)):
+        word = words[place]
+        beside = (words[place - 1], *words[place + 1 : place + 2])
+        alone = not any(other[:1].isupper() for other in beside)
+        if word[:1].isupper() and alone and word.rstrip(",").lower() in nouns.lexicon().keys:
+            words[place] = word.lower()
+    return " ".join(words)
 
 
 _REFUSED = re.compile(r"[^A-Za-z0-9 ,.'\u2019-]|https?:|www\.|\.(com|net|org|jpg|png)\b")
 _NOT_SAID: frozenset[str] = words_of(
     """caption captions captioned coordinates bounding description describe prompt prompts instruction instructions
-    instruct ignore ignored respond reply answer output assistant user system json json yaml xml html token tokens
-    you your yours i me my mine we us our please click download buy sale price free shipping order wallpaper
-    wallpapers stock royalty photo's copyright credit website blog pdf isbn vs ai model says say image's no without"""
+    instruct ignore ignored respond reply answer output assistant user system json yaml xml html token tokens you
+    your yours i me my mine we us our please click download buy sale price free shipping order wallpaper wallpapers
+    stock royalty photo's copyright credit website blog jpg jpeg png vector template review reviews recipe recipes
+    ideas stockfoto thumbnail outlet pcs sku size pack kit wholesale pdf isbn vs ai model says say image's no
+    without"""
 )
-_STARTS_BADLY: frozenset[str] = words_of("""he she it they his her him and or but with of in on at by to from is are""")
+_STARTS_BADLY: frozenset[str] = words_of(
+    "how why what when where who he she it they his her him and or but with of in on at by to from is are"
+)
 _ENDS_BADLY: frozenset[str] = words_of(
     """a an the and or but with of in on at by to from into is are its his her their as for near next very while"""
 )
@@ -493,7 +526,7 @@ def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None
     """A text as a sentence, or null: too short or long, no plain English, shouted, markup, addresses, a title, cut off,
     or words that no description has."""
     words = [word for word in low if word[0].isalpha()]
-    if not 4 <= len(words) <= 60:
+    if not 4 <= len(words) <= 60 or " - " in text or "--" in text:
         return None
     stripped = re.sub(r"\s+", " ", text).strip().rstrip(" .,")
     if _REFUSED.search(stripped):
@@ -514,7 +547,7 @@ def sentence(text: str, tokens: Sequence[str], low: Sequence[str]) -> str | None
     stripped = re.sub(r" +([,.])", r"\1", stripped)
     stripped = re.sub(r"([,.])(?=[A-Za-z])", r"\1 ", stripped)
     stripped = re.sub(r"([.,]){2,}", r"\1", stripped)
-    stripped = _CAPITAL.sub(_lowered, stripped)
+    stripped = _lowered(stripped)
     parts = [part.strip() for part in re.split(r"\. +", stripped)]
     return ". ".join(part[0].upper() + part[1:] for part in parts if part) + "."
 
@@ -610,8 +643,7 @@ def _absent(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -
     if not context.labels:
         return ()
     kinds = nouns.lexicon()
-    words = {word for text in texts for word in text.low}
-    words.update(f"{a} {b}" for text in texts for a, b in pairwise(text.low))
+    words = {word for text in texts for word in text.words}
     there = {kinds.keys.get(key.lower(), key) for key in (*things, *context.crowded)}
     for word in words:
         there |= kinds.near.get(word, _NOTHING)

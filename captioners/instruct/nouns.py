@@ -32,7 +32,7 @@ NUMBER_WORDS: Mapping[int, str] = {number: word for word, number in NUMBERS.item
 
 COLOURS: frozenset[str] = words_of(
     """red orange yellow green blue purple violet pink brown black white gray grey beige tan golden silver teal
-    turquoise maroon navy cream"""
+    turquoise maroon"""
 )
 SIZES: frozenset[str] = words_of("small large big little tiny huge")
 MATERIALS: Mapping[str, str] = {
@@ -108,7 +108,9 @@ class Noun:
     def a(self) -> str:
         """With its indefinite article; a pair of what has no singular."""
         if self.verb == "are":
-            return f"a pair of {self.one}" if self.one in PAIRS else f"some {self.one}"
+            return f"a pair of {self.one}"
+        if self.one in MASS:
+            return f"some {self.one}"
         return f"{article(self.one)} {self.one}"
 
 
@@ -159,7 +161,7 @@ CLASSES: tuple[frozenset[str], ...] = (ANIMALS, VEHICLES, FURNITURE, FRUIT, CUTL
 """Labels that one would compare with each other."""
 
 NAMES: Mapping[str, str] = {
-    "tv": "TV", "dining table": "table", "sports ball": "", "hair drier": "hair dryer", "remote": "remote control",
+    "tv": "TV", "dining table": "table", "sports ball": "ball", "hair drier": "hair dryer", "remote": "remote control",
     "mouse": "computer mouse",
 }  # fmt: skip
 """What a COCO label is called where its name is no good word for what it is put on."""

@@ -8,6 +8,7 @@ the reason ``writer.nothing_to_say``.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 
 from captioners.instruct import facts as evidence
 from captioners.instruct import nouns, phrases, telling
-from captioners.instruct.facts import Facts, Thing, above, in_column, left_of
+from captioners.instruct.facts import Facts, Mention, Thing, above, in_column, left_of
 from captioners.instruct.nouns import words_of
 from captioners.instruct.phrases import Choices, capital, listed, number
 from pairmill.boxes import Box
@@ -127,6 +128,7 @@ _OPPOSITE = {
 }
 _DETAIL_WORDS = 12
 """Fewest words of a long description."""
+_WORD = re.compile(r"[A-Za-z0-9]+(?:['\u2019][A-Za-z]+)*")
 _PAIRED = frozenset({"relation", "choice", "verify"})
 """Topics of which one conversation asks one for the same two things."""
 Pair = tuple[str, str]
@@ -220,11 +222,11 @@ class _Composer:
     def are(self, things: Sequence[Thing]) -> str:
         """The verb after "there"."""
         first = things[0]
-        return "are" if (first.count or 1) > 1 or self.a(first).startswith("some ") else "is"
+        return "are" if (first.count or 1) > 1 else "is"
 
     def named(self, thing: Thing) -> bool:
         """Whether texts name a thing without boxes surely enough: two of them, or the only one."""
-        return len({mention.text for mention in thing.mentions}) >= min(2, len(self.facts.texts))
+        return len({mention.text for mention in thing.told}) >= min(2, len(self.facts.texts))
 
     # -- what may be asked ---------------------------------------------------------------------------------------------
 
@@ -430,8 +432,6 @@ class _Composer:
         a = self.a(thing)
         place = f" {_place(thing)}" if thing.side or thing.level else " in the picture"
         answers = ("Yes, there {be} {a}{place}.", "Yes, there {be} {a}.", "Yes.")
-        if a.startswith("some "):
-            return self.ask(phrases.PRESENT_MANY, answers, many=many, a=a, be="are", place=place)
         return self.ask(phrases.PRESENT, answers, a=a, be="is", place=place)
 
     def ask_absent(self, label: str) -> Pair:
@@ -468,13 +468,17 @@ class _Composer:
                 not thing.boxes
                 and self.named(thing)
                 and nouns.askable(thing.key)
-                and (thing.several or any(mention.number == 1 for mention in thing.mentions))
+                and (thing.several or any(self.determined(mention) for mention in thing.told))
             )
         ]
         if not there:
             return None
         thing = self.choices.of(there)
         return _Idea("present", (thing.key,), partial(self.ask_present, thing))
+
+    def determined(self, mention: Mention) -> bool:
+        """``a dog``, ``the dog``."""
+        return mention.number == 1 or self.facts.texts[mention.text].low[mention.start] == "the"
 
     def absent(self) -> str:
         """A label to deny: half of the time one that is compared with something that is there (POPE asks for what is
@@ -520,7 +524,7 @@ class _Composer:
                 talk.add(pair, telling.keys_of(self.facts, place), "scene")
         if len(talk.pairs) < 2 and "present" not in talk.topics:
             present = self.presence(ask=True)
-            if present is not None:
+            if present is not None and present.keys[0] not in talk.counted:
                 talk.add(present.write(), present.keys, "present")
         return talk.pairs if len(talk.pairs) > 1 else "no two questions could be answered from its texts and boxes"
 
@@ -533,6 +537,7 @@ class _Composer:
         known: dict[str, str] = {}
         content: set[str] = set()
         postures: set[str] = set()
+        touched: set[str] = set()
         for bare in (False, True):
             for place in facts.order:
                 text = facts.texts[place]
@@ -548,6 +553,7 @@ class _Composer:
                     said.append(told)
                     content |= words
                     known = {**telling.keys_of(facts, place), **known}
+                    touched |= telling.touched(facts, place)
                     if held is not None:
                         postures.add(held[0])
             if said:
@@ -561,7 +567,7 @@ class _Composer:
             if (thing.count or 0) > 1 and thing.key in known and not any(mention.stated for mention in thing.mentions):
                 said.append(f"There are {number(thing.count or 0)} {thing.noun.many}.")
                 break
-        others = [thing for thing in self.boxed if thing.key not in known and (thing.sole or thing.count)][:6]
+        others = [thing for thing in self.boxed if thing.key not in touched and (thing.sole or thing.count)][:6]
         if others:
             # "two red circles and two dogs": the dogs might be red
             others.sort(key=lambda thing: nouns.described(thing.key).head != thing.key.lower())
@@ -588,7 +594,7 @@ class _Composer:
             if relation not in relations and len(relations) < 2 and not " ".join(said).endswith(f" {self.one(a)}."):
                 said.append(told)
                 relations.add(relation)
-        if sum(len(part.split()) for part in said) < _DETAIL_WORDS:
+        if len(_WORD.findall(" ".join(said))) < _DETAIL_WORDS:
             return "its texts and boxes say too little for a long description"
         return [(self.choices.of(phrases.DETAIL), " ".join(said))]
 

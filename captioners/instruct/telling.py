@@ -22,11 +22,13 @@ _FINITE = words_of(
 """Words that make a sentence of a phrase."""
 _WITH = words_of(
     """with of in on at near by under behind next inside outside above below between beside from covered filled topped
-    surrounded decorated stacked lined mounted placed located made dressed full"""
+    surrounded decorated stacked lined mounted placed located made dressed full that which who"""
 )
 """Words after a noun that leave it a phrase."""
 _PLURAL_GROUPS = words_of("group couple number bunch herd flock crowd lot family team handful pair")
 """``a group of people are``; but ``a pile of books is``."""
+_RELATIVE = words_of("that which who whose while where as")
+_COLLECTIVE = words_of("couple family crowd group audience team crew")
 _NOTHING: Mapping[str, str] = {}
 _OBJECT = words_of("a an the his her its their up down off over out through")
 
@@ -57,6 +59,13 @@ def keys_of(facts: Facts, place: int) -> dict[str, str]:
     """All that a text is about, as labels or nouns, and the first word for each."""
     mentions = [mention for mention in facts.texts[place].mentions if mention.head]
     return {key_of(facts, mention) or mention.form.key: mention.form.word for mention in reversed(mentions)}
+
+
+def touched(facts: Facts, place: int) -> set[str]:
+    """All that a text has a word for, in a compound ("a skateboard ramp") or as a group ("a couple"), too."""
+    text = facts.texts[place]
+    keys = {key_of(facts, mention) or mention.form.key for mention in text.mentions}
+    return keys if _COLLECTIVE.isdisjoint(text.low) else keys | {"person"}
 
 
 def linked(facts: Facts, mention: Mention) -> tuple[int, ...]:
@@ -205,9 +214,10 @@ def _group(text: Text) -> str | None:
 
 
 def _finite(text: Text) -> bool:
-    """Whether a text has a verb; also where some word may be one: it ends in s, is no known plural, and "the" or the
-    like follows."""
-    if not _FINITE.isdisjoint(text.low):
+    """Whether a text has a verb other than in a clause ("a man that is ..."); also where some word may be one: it ends
+    in s, is no known plural, and "the" or the like follows."""
+    clause = next((place for place, word in enumerate(text.low) if word in _RELATIVE and place), len(text.low))
+    if not _FINITE.isdisjoint(text.low[:clause]) or sum(word in _FINITE for word in text.low[clause:]) > 1:
         return True
     within = {place for mention in text.mentions for place in range(mention.noun, mention.end)}
     return any(
@@ -217,5 +227,5 @@ def _finite(text: Text) -> bool:
         and word not in nouns.CLOSED
         and not word.endswith(("ss", "us", "'s"))
         and after in _OBJECT
-        for place, (word, after) in enumerate(pairwise(text.low))
+        for place, (word, after) in enumerate(pairwise(text.low[: clause + 1]))
     )
