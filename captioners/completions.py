@@ -386,7 +386,7 @@ class ChatClient:
             status, headers, body = await asyncio.wait_for(
                 self._post(payload, digest or self.endpoint.digest(request), sent), self.endpoint.timeout_s
             )
-            completion = self.read(request, status, headers, body)
+            completion = self.read(request, status, headers, body, payload)
         except asyncio.TimeoutError:
             self._unanswered += 1
             self._silence = self.reasons.timeout
@@ -455,14 +455,16 @@ class ChatClient:
 
     # -- reading the answer --
 
-    def read(self, request: ChatRequest, status: int, headers: Any, body: bytes) -> Completion:
-        """What an answer says, however it came.
+    def read(
+        self, request: ChatRequest, status: int, headers: Any, body: bytes, payload: dict[str, Any] | None = None
+    ) -> Completion:
+        """What an answer says, however it came; `payload` is what was sent, where it may be another by now.
 
         Raises:
             Failed, ConfigError, StageFailed: as `send`.
         """
         if status != 200:
-            raise self._refusal(status, headers, _json(body), self._payload(request))
+            raise self._refusal(status, headers, _json(body), payload or self._payload(request))
         return self._read(headers, body, request.max_tokens)
 
     def _read(self, headers: Any, body: bytes, max_tokens: int) -> Completion:
