@@ -186,6 +186,13 @@ def chat_of(run: config.RunConfig) -> PaidChat:
     return PaidChat(run.dataset, endpoint, asked.price, asked.budget)
 
 
+def tidy(files: BatchFiles) -> None:
+    """Remove what processes left that died, and give back what is claimed for batches that are no more."""
+    files.tidy()
+    for name in set(answers.claims(files.dataset)) - {batch.name for batch in files.batches()}:
+        answers.unclaim(files.dataset, name)
+
+
 # -- after the run ----------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +217,7 @@ class _Submission:
         self._writer = BatchWriter.of(run)
         self._chat = chat_of(run)
         self._files = BatchFiles(dataset)
-        self._files.tidy()
+        tidy(self._files)
         self._state = self._files.state()
         self._pending: dict[str, Waiting] = {}
 
@@ -401,7 +408,7 @@ class _Collection:
         self._run, self._dataset, self._reporter = run, dataset, reporter
         self._chat = chat_of(run)
         self._files = BatchFiles(dataset)
-        self._files.tidy()
+        tidy(self._files)
         self._state: State = self._files.state()
         self._pending = self._files.pending()
 
@@ -452,10 +459,10 @@ class _Collection:
                     )
                     continue
                 why = f"the batch {remote.id} is {remote.status}" + (f": {remote.errors}" if remote.errors else "")
-                count += self._settle(batch, results, why, told=remote.status != "completed")
+                count += self._settle(batch, results, why, tell=remote.status != "completed")
         return count
 
-    def _settle(self, batch: Batch, results: _Results, why: str, *, told: bool) -> int:
+    def _settle(self, batch: Batch, results: _Results, why: str, *, tell: bool) -> int:
         """A batch is over: store its answers, and have the other requests wait again."""
         self._doubt(results)
         new = self._store(results, batch.name)
@@ -465,7 +472,7 @@ class _Collection:
         self._remember(results)
         self._files.drop(batch)
         self._forget(results)
-        if told or unanswered or results.bad:
+        if tell or unanswered or results.bad:
             self._reporter.note(
                 f"{why}: {len(results.answers)} answers, {unanswered} requests wait again{_unread(results)}"
                 + (f"; {next(iter(results.failures.values()))}" if results.failures else "")

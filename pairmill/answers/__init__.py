@@ -19,7 +19,7 @@ take rows out of the table, and nothing off the spending.
 Who writes the table and ends sessions of others (`fold`) holds the dataset's lock.
 """
 
-from pairmill.answers.folding import add, claim, fold, lookup, spent, unclaim
+from pairmill.answers.folding import add, claim, claims, fold, lookup, spent, unclaim
 from pairmill.answers.journal import BudgetSpent, Journal, Ticket
 from pairmill.answers.ledger import (
     ANSWERED,
@@ -54,6 +54,7 @@ __all__ = [
     "Ticket",
     "add",
     "claim",
+    "claims",
     "fold",
     "lookup",
     "spent",

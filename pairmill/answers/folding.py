@@ -160,6 +160,13 @@ def claim(dataset: Dataset, name: str, bound: Bound, budget: Budget) -> None:
         raise limits.refusal(bound)
 
 
+def claims(dataset: Dataset) -> list[str]:
+    """The names under which parts of the budget are claimed."""
+    spending = place_of(dataset).load()
+    sessions = spending.sessions.items() if spending else ()
+    return sorted(name.removeprefix("claim") for name, share in sessions if share.state == "claimed")
+
+
 def unclaim(dataset: Dataset, name: str) -> None:
     """Give a claimed part of the budget back: nothing was asked, or nothing came of it."""
     place_of(dataset).change(lambda spending: spending.sessions.pop(f"claim{name}", None))

@@ -408,9 +408,10 @@ def test_a_batch_that_is_gone_is_told(tmp_path: Path, server: BatchServer):
     assert work.collect() == 0 and "does not know the batch batch-0" in work.notes[0]
     assert work.submit() == 0  # perhaps it is only another account
     (record,) = [name for name in work.left() if name.startswith("sent")]
-    assert record in work.notes[0] if work.notes else True
+    assert work.collect() == 0 and record in work.notes[0]
     (work.folder / record).unlink()
-    assert work.submit() == 4
+    reserved = answers.spent(work.dataset)
+    assert work.submit() == 4 and answers.spent(work.dataset) == reserved  # not twice as much
 
 
 # -- killed ----------------------------------------------------------------------------------------------------------

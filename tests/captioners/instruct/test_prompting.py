@@ -90,8 +90,10 @@ def test_questions_follow_from_the_uid_and_fit_the_length():
     assert set(drawn) == set(PROMPTS.long_questions)
     assert {PROMPTS.question(f"{n}", brief) for n in range(200)} == set(PROMPTS.brief_questions)
     assert drawn == [PROMPTS.question(f"{n}", long + "more") for n in range(200)]
+    shot = PROMPTS.of("detail").shots[0]
     for question in (*PROMPTS.long_questions, *PROMPTS.brief_questions):
         assert parsing.line(question) == question and question[-1] in ".?"
+        assert check((Turn("user", question), shot.turns[-1]), (), "detail", shot.context) == []
 
 
 # -- a folder of one's own --------------------------------------------------------------------------------------------
