@@ -7,7 +7,8 @@
   the same, none speaks of several where there is one box, and, where there are several boxes and texts name the
   thing, one of them does so in the plural. Without boxes of it a number that a text states is a count, if every text
   that gives one gives that one, and without an adjective ("two green shapes" are not all shapes).
-- **The one** of a label: its count is 1, or no box was looked for and every text names it in the singular.
+- **The one** of a label: its count is 1; or it was not looked for, has no box, and every text that names it does so
+  in the singular.
 - **A colour or a material** is that of a text's adjectives right before the noun of the one of its label; no text gives
   it another one. In a label ("large red circle") size and colour are part of the label.
 - **Left, right, above, below** hold between things that are each the one of their label, when the centres of their
@@ -16,10 +17,11 @@
 - **Larger in the picture**: twice the box area. **More**: both are counts.
 - **Yes**: there is a box, or two texts (or the only one) name it. **No**: the label was looked for in every image
   (`Context.labels`), has no box, is not crowded, and no text has a word for it or near it.
-- **What a text says** is taken from texts that `sentence` could clean, that agree with the counts, that give nothing a
-  colour which another text gives another one, nor say "behind" where another says "in front of", and that name no
-  looked-for label which has no box, unless another text does so too and no like thing has a box (a "chair" that is a
-  couch).
+- **What a text says** is taken from the first sentence of texts that `sentence` could clean and that agree with the
+  counts. A text is left out that gives a thing a colour which another text denies (two thirds of those that give one
+  outvote the others), that says "behind" where another says "in front of", or that names a looked-for label which has
+  no box, unless another text does so too and no like thing has a box (a "chair" that is a couch). Texts left out, or
+  that could not be cleaned, say nothing, but may still contradict.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -226,6 +228,10 @@ def read(context: Context) -> Facts:
             continue
         thing = _thing(key, context)
         thing.mentions = mentions
+        words = {mention.form.word for mention in mentions}
+        if len(words) == 1 and words.isdisjoint(("cattle", "people", "aircraft")):
+            word = words.pop()  # without a box of it a phone need be no cell phone
+            thing.noun = replace(thing.noun, one=word, many=nouns.plural(word))
         things[key] = thing
     for thing in things.values():
         thing.told = [mention for mention in thing.mentions if texts[mention.text].said is not None]
@@ -572,12 +578,7 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
     fronts = [_fronts(text) for text in texts]
     sides = {side for found in fronts for side in found}
     disputed = {(side, key) for side, key in sides if (_BEHIND[side], key) in sides}
-    contested = [
-        mention
-        for thing in things.values()
-        if len({found for mention in thing.mentions if (found := _colours(mention))}) > 1 and not thing.several
-        for mention in thing.mentions
-    ]
+    contested = [mention for thing in things.values() if not thing.several for mention in _contested(thing)]
     genders = [(not nouns.MALE.isdisjoint(text.low), not nouns.FEMALE.isdisjoint(text.low)) for text in texts]
     males, females = genders.count((True, False)), genders.count((False, True))
     both = genders.count((True, True))
@@ -592,7 +593,7 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
             mention.head and mention.form.key in doubted and mention.form.key not in things for mention in text.mentions
         ):
             continue
-        if any(mention.text == place and _colours(mention) for mention in contested):
+        if any(mention.text == place for mention in contested):
             continue
         if not fronts[place].isdisjoint(disputed):
             continue
@@ -624,6 +625,17 @@ def _miscounts(mention: Mention, thing: Thing, stated: set[int], context: Contex
     if thing.key == "person" and mention.form.word not in ("person", "people"):
         return mention.stated > len(thing.boxes)
     return mention.stated != len(thing.boxes)
+
+
+def _contested(thing: Thing) -> list[Mention]:
+    """The mentions that give a colour which others do not; where most by far agree, the few that do not."""
+    given = [(mention, found) for mention in thing.mentions if (found := _colours(mention))]
+    times = Counter(found for _, found in given)
+    if len(times) < 2:
+        return []
+    (first, most), *_ = times.most_common(1)
+    agreed = first if most >= 2 and most >= 2 * (len(given) - most) else None
+    return [mention for mention, found in given if found != agreed]
 
 
 _BEHIND = {"behind": "front", "front": "behind"}

@@ -14,7 +14,7 @@ from captioners.instruct.nouns import words_of
 from captioners.instruct.phrases import SHOWS, Choices
 
 _FINITE = words_of(
-    """is are was were has have can do does appears seems gets sits stands lies lays walks rides runs holds eats drinks
+    """is are was were has have do does appears seems gets sits stands lies lays walks rides runs holds eats drinks
     plays jumps flies drives looks watches hangs rests wears works carries pulls passes grazes graze swims sleeps smiles
     poses leans travels moves catches throws swings hits performs sit lie lay eat hold plans pecks feeds shows cuts
     takes makes uses talks waits stares winds tries sprays lead leads seen"""
@@ -146,6 +146,8 @@ def tell(
             statement = True
     if (not statement and not bare) or (known and text.low[0] in ("there", "this", "here")):
         return None
+    if first is not None and first.start == 0 and not first.head and first.form.key in known:
+        return None  # "A fire hydrant sprays": another one?
     for mention in text.mentions if known else ():
         key = key_of(facts, mention) or mention.form.key
         if key not in known or not mention.head:
