@@ -531,7 +531,7 @@ class Batches:
 
     def done(self) -> None:
         """The stage has heard of what came."""
-        with contextlib.suppress(FileNotFoundError), storage.explained(f"cannot remove {self._news}"):
+        with storage.explained(f"cannot remove {self._news}"), contextlib.suppress(FileNotFoundError):
             self.dataset.fs.rm_file(self._news)
 
     def submit(self) -> None:
