@@ -75,11 +75,12 @@ def straight(kind: str, ref: ModelRef, image: Image.Image, labels: list[str], th
 def test_boxes_are_those_of_transformers_own_post_processing(checkpoints, images, kind):
     ref = checkpoints[kind]
     wide = [n for n, image in enumerate(images) if max(image.size) <= MAX_ASPECT * min(image.size)]
-    found = detector(ref, 0.6).detect([images[n] for n in wide], [LABELS[n] for n in wide])
+    least = 0.4 if kind == "owlv2" else 0.6
+    found = detector(ref, least).detect([images[n] for n in wide], [LABELS[n] for n in wide])
     named = 0
     for n, ours in zip(wide, found, strict=True):
-        theirs = straight(kind, ref, images[n], LABELS[n], 0.6)
-        assert len(ours) == len(theirs)
+        theirs = straight(kind, ref, images[n], LABELS[n], least)
+        assert len(ours) == len(theirs) > 0
         for box, (label, corners, score) in zip(ours, theirs, strict=True):
             assert box.xyxy == pytest.approx(corners, abs=1e-3) and box.score == pytest.approx(score, abs=1e-5)
             assert box.source == kind

@@ -119,6 +119,7 @@ def test_detections_and_masks(tmp_path, checkpoints):
     sources = [[r["source"] for r in rows if r["uid"] == uid] for uid in sorted({r["uid"] for r in rows})]
     assert sorted(sources) == [["human", *["owlv2"] * 5]] * 4 + [["owlv2"] * 5]
     assert {r["label"] for r in rows} <= {"red thing", "dog", "kite"} and len({r["label"] for r in rows}) > 1
+    assert len({r["mask"] for r in rows}) > 15  # each box has its own
     for row in rows:
         assert 0 <= row["x1"] < row["x2"] <= row["width"] and 0 <= row["y1"] < row["y2"] <= row["height"]
         assert decode(row["mask"], row["height"], row["width"]).sum() == row["mask_area"]
