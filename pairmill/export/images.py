@@ -202,6 +202,7 @@ def _is_group(name: str) -> bool:
 def clear(folder: Folder, number: int) -> None:
     """Remove a group's images, its list first."""
     folder.remove(list_name(number))
+    folder.settle()  # so that not even a power cut brings it back beside other images
     inside = folder_name(number)
     for name in names(folder, number):
         folder.remove(f"{inside}/{name}")
