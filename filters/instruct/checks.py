@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from filters.instruct import form
 from filters.instruct.attributes import attribute_faults
 from filters.instruct.counts import Count, asked_count, count_fault, count_faults
-from filters.instruct.evidence import Evidence, evidence_of
+from filters.instruct.evidence import MAX_TEXT_CHARS, Evidence, evidence_of
 from filters.instruct.leaks import obeyed, own_instructions
 from filters.instruct.mentions import mention_faults
 from filters.instruct.positions import position_fault, position_faults, relations
 from filters.instruct.presence import asked_presence, is_hedged, premise_faults, presence_faults
-from filters.instruct.words import number, sentences
+from filters.instruct.words import number, sentences, tamed
 from pairmill.boxes import Box
 from pairmill.instructions import USER, Context, Finding, Turn, plain
 from schemas.config import InstructKind
@@ -100,9 +100,10 @@ def _nouns(answer: _Answer) -> Iterator[str]:
 
 
 def _leaks(answer: _Answer) -> Iterator[str]:
+    texts = tuple(tamed(text, MAX_TEXT_CHARS) for text in answer.context.texts)
     for turn in answer.turns:
         text = plain(turn.content)
-        found = own_instructions(text) or (obeyed(text, answer.context.texts) if turn.role != USER else None)
+        found = own_instructions(text) or (obeyed(text, texts) if turn.role != USER else None)
         if found:
             yield f"{found!r}"
 
@@ -185,6 +186,7 @@ def check(turns: Sequence[Turn], boxes: Sequence[Box], kind: InstructKind, conte
     Returns:
         All findings, in the order of `CHECKS`; empty for an answer that may be stored.
     """
+    turns = [replace(turn, content=tamed(turn.content, form.MAX_CHARS)) for turn in turns]
     answer = _Answer(
         turns, boxes, kind, context, evidence_of(context), [sentences(plain(turn.content)) for turn in turns]
     )

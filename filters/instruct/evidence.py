@@ -19,6 +19,7 @@ from filters.instruct.words import (
     VERBS,
     number,
     sentences,
+    tamed,
     words_of,
 )
 from pairmill.boxes import Box
@@ -69,11 +70,8 @@ class Evidence:
     def nouns(self, tokens: Sequence[str]) -> list[Noun]:
         """The nouns of a sentence that name a thing: no verbs, no words that qualify the noun behind them."""
         found = vocabulary().find(tokens, self.names)
-        return [
-            noun
-            for at, noun in enumerate(found)
-            if not (at + 1 < len(found) and _qualifies(noun, found[at + 1])) and _is_noun(noun, tokens, found)
-        ]
+        nouns = [noun for noun in found if _is_noun(noun, tokens, found)]
+        return [noun for at, noun in enumerate(nouns) if at + 1 == len(nouns) or not _qualifies(noun, nouns[at + 1])]
 
     def licenses(self, name: Name) -> bool:
         """Whether something of this name may be said to be in the picture."""
@@ -146,6 +144,8 @@ def _is_noun(noun: Noun, tokens: Sequence[str], found: Sequence[Noun]) -> bool:
 
 
 _GROUPS = words_of("family families baby babies cub cubs calf calves couple crowd mother people herd")
+MAX_TEXT_CHARS = 2000
+"""Characters of a text that license anything."""
 NEGATIONS = words_of("no not n't without neither nor never none nobody cannot lack lacks lacking absence absent")
 _BREAKS = words_of("; but while whereas only except just however though although although")
 
@@ -187,7 +187,7 @@ def evidence_of(context: Context) -> Evidence:
     named: set[str] = set()
     words: set[str] = set()
     for text in context.texts:
-        for tokens in sentences(re.sub('["\u201c\u201d]', " ", without_demands(text))):
+        for tokens in sentences(re.sub('["\u201c\u201d]', " ", without_demands(tamed(text, MAX_TEXT_CHARS)))):
             absent = negated(tokens)
             nouns = [noun for noun in book.find(tokens, extra) if noun.start not in absent]
             texts.append((tuple(tokens), tuple(bare.nouns(tokens))))

@@ -21,6 +21,8 @@ ANSWER_WORDS: dict[str, tuple[int, int]] = {
 """Fewest and most words of an answer by kind."""
 QUESTION_WORDS = (2, 80)
 """Fewest and most words of a question."""
+MAX_CHARS = 8000
+"""Characters of a turn, far more than the most words have; what is longer is not read any further."""
 NEAR_DUPLICATE = 0.6
 """Jaccard similarity of word triples from which two longer answers of a conversation say the same."""
 
@@ -127,7 +129,7 @@ _REFUSAL = re.compile(
     r"|\bif you (?:could|can|would) (?:provide|share|upload|describe)\b",
     re.IGNORECASE,
 )
-_NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)\s*(?:%|px|pixels?)?"
+_NUMBER = r"[-+]?(?:(?<!\d)\d{1,9}(?:\.\d{1,9})?|(?<!\d)\.\d{1,9})\s?(?:%|px|pixels?)?"
 _SEPARATOR = r"\s*[,;:|]\s*|\s+(?:and|to|by|x)\s+"
 _TUPLES = re.compile(
     rf"(?:{_NUMBER})(?:(?:{_SEPARATOR}|\s+)(?:{_NUMBER})){{3,}}"
@@ -243,6 +245,8 @@ def length_faults(turns: Sequence[Turn], kind: InstructKind) -> Iterator[str]:
             continue
         if not turn.content.strip():
             continue
+        if len(turn.content) >= MAX_CHARS:
+            yield f"turn {at + 1} has {MAX_CHARS} characters or more"
         if count < fewest and "](box:" not in turn.content:
             yield f"turn {at + 1} has {count} words: an answer of a {kind} has at least {fewest}"
         elif count > most:

@@ -8,36 +8,57 @@ from itertools import pairwise
 from filters.instruct.words import words_of
 
 _OVERRIDE = re.compile(
-    r"\b(?:ignore|disregard|forget|override|bypass|skip)\b[^.!?\n]{0,40}\b(?:instructions?|prompts?|rules?|guidelines?|"
-    r"above|previous|prior|everything|directions?|tasks?)\b|\bsystem (?:prompt|message)\b|\bnew (?:instructions?"
-    r"|task)\b|"
-    r"\byou are now\b|\bact as\b|\bdeveloper mode\b",
+    r"\b(?:ignore|disregard|forget|override|bypass|skip)\b[^.!?\n]{0,40}\b(?:instructions?|prompts?|rules|guidelines|"
+    r"above|previous|prior|directions|you (?:were|have been) told|everything (?:above|before|else|you))\b"
+    r"|\bsystem (?:prompt|message)\b|\bnew instructions?\b|\byou are now (?:a|an|in)\b|\bdeveloper mode\b",
     re.IGNORECASE,
 )
+_START = r"(?:\A|[.!?\n\])}>]\s*)[\"'\u201c\u2018\[({<*#-]*"
+_VERB = (
+    r"(?:say|print|reply|output|respond|write|answer|repeat|include|begin|start|end|finish|mention|append|add|return"
+    r"|type|"
+    r"insert|tell|state|reveal|echo|recommend|claim|describe|call|use)"
+)
 _DEMAND = re.compile(
-    r"(?:\A|[.!?:;,\n\])}\u2014-]\s*|\b(?:and|then|please|must|should|instead|just|only|always|you|to)\s+)"
-    r"(?:please\s+|instead\s+|always\s+|only\s+|just\s+|now\s+|simply\s+)*"
-    r"(?:say|print|repl(?:y|ies)|output|respond|write|answer|repeat|include|begin|start|end|finish|mention|append|add|"
-    r"return|type|insert|tell|state|reveal|echo|recommend|advertise|promote|claim|describe|call|use|visit|follow)\b"
+    r"(?:\A|[.!?:;,\n\])}>\u2014-]\s*|\b(?:and|then|please|must|should|instead|just|only|always|you|to)\s+)"
+    r"(?:please\s+|instead\s+|always\s+|only\s+|just\s+|now\s+|simply\s+)*" + _VERB + r"\b"
     r"(?:\s+(?:only|exactly|with|by|saying|your|the|every|each|all|answers?|replies|reply|responses?|descriptions?|"
     r"turns?|sentences?|words?|phrases?|back|that|me|us|them|users?|readers?|everyone|in|to|as|it|this|image|picture|"
     r"following|at|end|start|a|an|please)\b)*\s*[:,]?\s*"
     r"(?P<what>[^\n]{1,200}?)(?=[.!?](?:\s|\Z)|\n|\Z)",
     re.IGNORECASE,
 )
-_VERB_FIRST = re.compile(
-    r"(?:\A|[.!?\n]\s*)(?:please\s+|now\s+)?(?:say|print|reply|output|respond|repeat|include|append|insert|reveal|echo|"
-    r"write|answer|mention|tell|return|type|ignore|disregard|forget|recommend|state|begin|end|finish|start|describe)\b",
+_FIRST = re.compile(
+    _START + r"(?:please\s+|now\s+|instead\s*,?\s+|always\s+|then\s+|only\s+)*(?:"
+    r"(?:reply|respond|append|reveal|ignore|disregard)\b(?!\s+of\b)"
+    r"|(?:answer|begin|start|end|finish)\s+(?:only\s+|just\s+)?(?:with\s+(?:the\s+(?:words?|phrase|sentence)"
+    r"|[\"'\u201c\u2018]|"
+    r"(?-i:[A-Z]{3,}))|your|each|every|all\s+(?:answers|replies|turns|sentences))"
+    r"|" + _VERB + r"\s+(?:only\b|exactly\b|just\b|that\b|me\b|us\b|your\b|the\s+(?:words?|phrases?|sentences?|"
+    r"following|users?|readers?|answer|system|reply)\b|this\s+(?:sentence|phrase|word|exact)|[\"'\u201c\u2018])"
+    r"|(?:say|print|reply|output|respond|write|answer|repeat|echo)\s*:"
+    r"|(?:call|describe)\s+(?:it|him|her|them|this|the\s+\w+)\s+(?:as\b|an?\b)"
+    r"|(?-i:(?:[Ss]ay|[Pp]rint|[Oo]utput|[Ww]rite|[Ii]nclude|[Ii]nsert|[Ee]cho|[Rr]epeat|[Mm]ention"
+    r"|[Aa]dd)\s+[A-Z]{3,})"
+    r")",
     re.IGNORECASE,
 )
 _ADDRESS = re.compile(
-    r"\b(?:assistant|ai|model|chatbot|llm|gpt|language model|captioner|writer|annotator)s?\b\s*[:,]"
-    r"|\b(?:instruction|note|attention|important|system|command)s?\s*(?:to|for)\s+(?:the\s+)?(?:ai|assistant|model"
-    r"|writer)"
-    r"|\b(?:system|instruction|admin|developer)\s*:|\byour (?:reply|answer|response|output)\b|\byou must\b",
+    _START
+    + r"(?:hey\s+|dear\s+|attention\s+)?(?:assistant|ai|ai model|chatbot|llm|gpt|language model|captioner|system|"
+    r"instructions?|admin|developer|note to (?:the )?(?:ai|assistant|model|writer))s?\s*[:,]\s*(?:\w+\s+){0,3}?"
+    + _VERB
+    + r"\b"
+    r"|\byour (?:reply|answer|answers|response|responses|output)\b"
+    r"|\byou (?:must|should|have to|need to|will) (?:now |always |only |also )?" + _VERB + r"\b",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?<=[.!?;\n])\s+|\n+|\s+[-\u2013\u2014|]+\s+")
+_MANNER = re.compile(
+    r"[\"'\u201c\u201d\u2018\u2019<]|\s+(?:in|at|to|as|and|on|before|after|instead|with)\b", re.IGNORECASE
+)
+"""Behind what is demanded: how or where it is to be said."""
+_SHOUTED = re.compile(r"\b[A-Z]{4,}\b")
 _OWN = re.compile(
     r"\b(?:system prompt|system message|(?:my|these|the|your) (?:previous |prior |own )?instructions? (?:say|said|tell"
     r"|told|"
@@ -51,18 +72,19 @@ _OWN = re.compile(
 _WORD = re.compile(r"[^\W_]+")
 _SMALL = words_of(
     "a an the and or of in on at to with it is are that this as by for from be you your i my me we all any not "
-    "only please now then word words phrase sentence following answer reply exactly nothing else every"
+    "only please something anything now then word words phrase sentence following answer reply exactly nothing else "
+    "every"
 )
 
 
 def is_demand(sentence: str) -> bool:
     """Whether a sentence of a text tells its reader what to do or to write."""
-    return bool(_OVERRIDE.search(sentence) or _ADDRESS.search(sentence) or _VERB_FIRST.search(sentence))
+    return bool(_OVERRIDE.search(sentence) or _ADDRESS.search(sentence) or _FIRST.search(sentence))
 
 
 def without_demands(text: str) -> str:
     """The text without the sentences that tell its reader what to write; the text itself where there is none."""
-    if not (_OVERRIDE.search(text) or _ADDRESS.search(text) or _VERB_FIRST.search(text)):
+    if not (_OVERRIDE.search(text) or _ADDRESS.search(text) or _FIRST.search(text)):
         return text
     kept, armed = [], False
     for sentence in _SENTENCE.split(text):
@@ -78,19 +100,24 @@ def without_demands(text: str) -> str:
 
 def _before_demand(sentence: str) -> str:
     found = [match.start() for match in (_OVERRIDE.search(sentence), _ADDRESS.search(sentence)) if match]
-    return sentence[: min(found)] if found and not _VERB_FIRST.search(sentence) else ""
+    before = sentence[: min(found)] if found and not _FIRST.search(sentence) else ""
+    return "" if _DEMAND.search(before) else before
 
 
 def demands(text: str) -> list[str]:
-    """What a text asks its reader to write, word for word."""
+    """What a text asks its reader to write, word for word, and the first and loudest parts of it."""
     if not is_demand_text(text):
         return []
-    return [match["what"].strip(" \"'\u201c\u201d\u2018\u2019.") for match in _DEMAND.finditer(text)]
+    found = []
+    for match in _DEMAND.finditer(text):
+        what = match["what"].strip(" \"'\u201c\u201d\u2018\u2019.")
+        found += [what, _MANNER.split(what)[0], *_SHOUTED.findall(what)]
+    return list(dict.fromkeys(found))
 
 
 def is_demand_text(text: str) -> bool:
     """Whether any sentence of the text is a demand."""
-    return bool(_OVERRIDE.search(text) or _ADDRESS.search(text) or _VERB_FIRST.search(text))
+    return bool(_OVERRIDE.search(text) or _ADDRESS.search(text) or _FIRST.search(text))
 
 
 def own_instructions(answer: str) -> str | None:

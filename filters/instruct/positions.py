@@ -75,6 +75,8 @@ class Relation:
     """Empty: the frame."""
     words: str
     denied: bool = False
+    definite: bool = True
+    """Whether it may be one of several: ``the dog on the left`` is the leftmost, wherever that is."""
     around: tuple[tuple[str, ...], ...] = ()
     """The words before each subject and each object."""
 
@@ -142,17 +144,20 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
         if not subjects and _PRONOUN.search(before):
             subjects = [nouns[int(place[1])] for place in _PLACE.finditer(text[:start])] or list(spoken_of)
         if not subjects and last and re.fullmatch(r"[ ,]*(?:and )?", text[last[1] : start]):
-            subjects = last[0]
+            subjects = last[0]  # "to the left of the cars at the far right": the cars, or what is left of them
         if not subjects:
             rest = min((later[0] for later in matches if later[0] > start), default=len(text))
             after = [nouns[int(place[1])] for place in _PLACE.finditer(text[end:rest] if rest > end else text[end:])]
             subjects = after[:1]
         if subjects:
-            last = (subjects, end)
+            last = ([*subjects, *objects], end)
             denied = shift(start) in absent
             named = f"{subjects[-1].words} {words} {' and '.join(noun.words for noun in objects)}".strip()
+            definite = "of the" not in words and not {"a", "an"} & set(
+                tokens[max(subjects[-1].start - 4, 0) : subjects[-1].start]
+            )
             around = tuple(tuple(tokens[max(noun.start - 3, 0) : noun.start]) for noun in (*subjects, *objects))
-            yield Relation(tuple(subjects), where, objects, named, denied, around)
+            yield Relation(tuple(subjects), where, objects, named, denied, definite, around)
 
 
 _FRAME_WORDS = {
@@ -253,7 +258,7 @@ def relation_holds(
             if _stands(thing, relation.where, objects, width, height):
                 return True
             others = [other for other in things if other is not thing]
-            relative = not objects and relation.where != "middle" and not plural and others
+            relative = not objects and relation.where != "middle" and not plural and others and relation.definite
             if relative and _stands(thing, relation.where, [others], width, height):
                 return True
     return False

@@ -17,6 +17,9 @@ def words_of(listed: str) -> frozenset[str]:
     return frozenset(listed.split())
 
 
+_BLANKS = re.compile(r"[^\S\n]{2,}")
+_LINES = re.compile(r"\n\s*\n")
+
 QUOTE = "quoted"
 """The token that stands for what an answer quotes: words that can be read in a picture are no claims."""
 
@@ -69,6 +72,12 @@ VERBS = words_of(
 PRONOUNS = words_of("it they he she them him we you i what something anything nothing everyone")
 FUNCTION = DETERMINERS | PREPOSITIONS | CONJUNCTIONS | VERBS | PRONOUNS | frozenset(",;:()\u2014") | {QUOTE, "n't"}
 """Tokens that end a noun phrase on its left."""
+
+
+def tamed(text: str, most: int) -> str:
+    """At most so many characters, with no run of blanks longer than one and of line ends longer than two: patterns are
+    quick on what is left."""
+    return _LINES.sub("\n\n", _BLANKS.sub(" ", text[:most]))
 
 
 def unquoted(text: str) -> str:
