@@ -208,8 +208,7 @@ def found(kind, content: str, *texts: str, boxes=(), question: str = "What is th
     turns = (Turn("user", question), Turn("assistant", content))
     clean = prompting.texts(Context("u", texts, (), 10, 10), 5)
     findings = leaks(turns, boxes, PROMPTS.of(kind), clean)
-    assert {finding.reason for finding in findings} <= {"check.leak"}
-    return [finding.detail for finding in findings]
+    return [finding.detail for finding in findings if finding.reason == "check.leak"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,13 +216,33 @@ def test_sentences_of_the_prompt_are_found_and_of_examples_are_not_taken(kind):
     prompt = PROMPTS.of(kind)
     for sentence in prompt.system.replace("\n", " ").split(". "):
         if len(sentence.split()) >= 10:
-            assert found(kind, f"A dog. {sentence.upper()}"), sentence
+            assert found(kind, f"There is a dog in the picture. {sentence.title()}"), sentence
     for shot in prompt.shots:
         answer = max((turn.content for turn in shot.turns), key=len)
         if len(answer.split()) > 14:
             assert found(kind, answer)
     assert found(kind, "Between material 0011223344556677 and the end")
     assert not found(kind, "The picture shows a brown dog that lies on a sofa, and a cat sits next to it.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Un chien brun et un chat se reposent sur un grand canape rouge dans le salon.",
+        "Ein brauner Hund und eine Katze liegen auf einem roten Sofa in einem Zimmer.",
+        "Un perro y un gato descansan en un banco. A la izquierda del perro hay una l\u00e1mpara y no se ve a nadie.",
+        "Een hond en een kat liggen op een rode bank. Links van de hond is een lamp, en in het midden is een tafel.",
+    ],
+)
+def test_answers_in_another_language_are_not_taken(text: str):
+    turns = (Turn("user", "Describe this picture."), Turn("assistant", text))
+    assert [f.reason for f in leaks(turns, (), PROMPTS.of("detail"), ())] == ["check.wording"]
+    terse = (
+        "Three guys posing together while holding and eating bananas. A group of men eating bananas in peelings. Three "
+        "different men all eating yellow bananas together. three men eating banana as fast as they can."
+    )
+    for english in (terse, "Three different men all eating yellow bananas together.", "Red."):
+        assert leaks((turns[0], Turn("assistant", english)), (), PROMPTS.of("detail"), ()) == []
 
 
 def test_words_that_only_an_order_has_are_found():
