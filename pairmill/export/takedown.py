@@ -213,7 +213,8 @@ class _Takedown:
         rewritten: list[str] = []
         if self._finished:
             rewritten = [entry.name for entry in self._finished.files if entry.number in numbers]
-        samples = sum(len(here) for name, here in self._found.items() if name in rewritten)
+        files = [_names_of(entry) for entry in self._finished.files] if self._finished else []
+        samples = sum(len(set().union(*(self._found.get(name, set()) for name in group))) for group in files)
         return self._removal(samples, rewritten, self._to_delete())
 
     def carry_out(self) -> Removal:
@@ -266,7 +267,9 @@ class _Takedown:
             names = {name for name in ours if name in self._found and name not in listed}
             names |= {name for name in self._damaged if ours[name] in concerned}  # cannot be mended
         else:
-            numbers = {ours[name] for name in ours if name in self._found or name in self._damaged}
+            # In a folder that says of itself that it is an export, images that nobody lists are the export's.
+            damaged = [name for name in self._damaged if self._state or not name.startswith(f"{images.IMAGES}/")]
+            numbers = {ours[name] for name in ours if name in self._found or name in damaged}
             names = {name for name, number in ours.items() if number in numbers}
             if names or self._state in (PREVIOUS, BEGUN):  # made of other parts than are there, perhaps
                 names |= WHOLE_FILES & self._sizes.keys()
@@ -310,6 +313,7 @@ class _Takedown:
         folder, record = self._folder, statistics_name(entry.number)
         folder.remove(record)
         parts, samples = [], entry.samples
+        counted: int | None = None
         for part in entry.parts:
             if part.name == record:
                 continue
@@ -320,8 +324,12 @@ class _Takedown:
                 if images.is_list(part.name):
                     images.clear(folder, entry.number)
                 left = samples
-            samples = left if part.name == entry.name else samples
+            if part.name == entry.name:
+                samples = left
+            elif part.name.endswith(".parquet"):
+                counted = left  # one row a pair, where there may be pairs without any record
             parts.append(part)
+        samples = samples if counted is None else counted
         parts.append(folder.write_json(record, statistics(samples, None, parts)))
         main, *side = parts
         return replace(
@@ -508,7 +516,8 @@ def _without_images(folder: Folder, name: str, uids: frozenset[str]) -> tuple[Wr
     for image in listed:
         if image.uid in uids:
             folder.remove(f"{images.folder_name(number)}/{image.name}")
-    folder.settle(images.folder_name(number))
+    if folder.is_folder(images.folder_name(number)):
+        folder.settle(images.folder_name(number))
     return images.write_list(folder, number, left), len(left)
 
 

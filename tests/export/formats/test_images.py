@@ -9,12 +9,15 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pairmill.export import Options, VerifyReport, export, holds_pairs, remove_pairs, verify_export
+from pairmill.export import FORMATS, Options, Reach, VerifyReport, export, holds_pairs, remove_pairs, verify_export
+from pairmill.export.format import json_list
+from pairmill.export.formats.annotations import annotation_format
+from pairmill.export.manifest import WHOLE_FILES
 from tests.export.dataset import Built, Pair, build, instructed
 from tests.export.folders import assert_true, data, files, manifest, stamps
 
-FORMATS = ("jpeg", "png", "webp")
-PAIRS = [instructed(Pair(n, n // 3, f"picture {n:04d}.", format=FORMATS[n % 3])) for n in range(6)]
+ENDINGS = ("jpeg", "png", "webp")
+PAIRS = [instructed(Pair(n, n // 3, f"picture {n:04d}.", format=ENDINGS[n % 3])) for n in range(6)]
 OPTIONS = Options(kinds=("complex",))
 
 
@@ -216,3 +219,31 @@ def test_a_folder_images_in_an_export_without_any_is_somebody_elses(built, tmp_p
     assert removal.samples == 1 and removal.left == ("images",)
     export(built.snapshot, str(out), "webdataset", pairs_per_shard=3)
     assert mine.read_bytes() == b"x"
+
+
+def test_images_in_a_folder_that_is_no_export_are_somebody_elses(tmp_path):
+    mine = tmp_path / "pictures" / "images" / "00000" / "000000000.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"x")
+    removal = remove_pairs(str(tmp_path / "pictures"), [PAIRS[0].uid])
+    assert (removal.reach, removal.deleted, removal.left) == (Reach.NO_EXPORT, (), ("images/00000",))
+    assert mine.read_bytes() == b"x"
+
+
+def test_pairs_without_any_record_are_counted_as_they_go(tmp_path, monkeypatch):
+    def annotate(row, image, options):
+        return [{"image": image}] if row["caption"] != "nothing to say" else []
+
+    odd = annotation_format("odd", "nobody", annotate, (json_list("odd.json"),), Options("files"))
+    monkeypatch.setitem(FORMATS, "odd", odd)
+    monkeypatch.setattr("pairmill.export.manifest.WHOLE_FILES", WHOLE_FILES | {"odd.json"})
+    pairs = [Pair(n, 0, "nothing to say" if n == 1 else f"text {n}") for n in range(4)]
+    built, out = build(str(tmp_path / "data"), pairs), tmp_path / "out"
+    export(built.snapshot, str(out), "odd")
+    assert manifest(out)["pairs"] == 4 and len(json.loads((out / "odd.json").read_text())) == 3
+    for gone, left in ((pairs[2], 3), (pairs[1], 2)):
+        told = remove_pairs(str(out), [gone.uid], dry_run=True)
+        assert remove_pairs(str(out), [gone.uid]) == told and told.samples == 1
+        assert manifest(out)["pairs"] == left and gone.image not in data(out).values()
+        assert_true(out)
+        assert verify_export(str(out)).ok
