@@ -19,7 +19,7 @@ from pairmill.errors import PairmillError, StoreError
 from pairmill.store import Dataset
 from schemas.config import Budget
 
-_TRANCHE = 64
+_TRANCHE = 256
 """How many requests like the present one a session's share grows by, so that not each of them changes the spending."""
 _PARTS = 4
 """It grows by no more than this part of what is left, so that others get some, too."""
