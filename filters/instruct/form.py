@@ -166,7 +166,7 @@ def turn_faults(turns: Sequence[Turn], kind: InstructKind) -> Iterator[str]:
 def repetition_faults(turns: Sequence[Turn]) -> Iterator[str]:
     """`Reason.CHECK_REPEATED`."""
     seen: dict[tuple[str, str], int] = {}
-    answers: list[tuple[int, list[str], str]] = []
+    answers: list[tuple[int, list[str]]] = []
     question = ""
     for at, turn in enumerate(turns):
         text = turn.content
@@ -180,16 +180,17 @@ def repetition_faults(turns: Sequence[Turn]) -> Iterator[str]:
             continue
         if key and key == question and len(words) > 2:
             yield f"turn {at + 1} repeats its question"
+        words = [word.lower() for word in _WORD.findall(plain(text))]
         if len(words) > 3 and (turn.role, key) in seen:
             yield f"turn {at + 1} repeats turn {seen[turn.role, key] + 1}"
         else:
-            for other, before, _ in answers:
+            for other, before in answers:
                 if len(words) >= 8 and len(before) >= 8 and _alike(words, before) >= NEAR_DUPLICATE:
                     yield f"turn {at + 1} says nearly what turn {other + 1} says"
                     break
         seen[turn.role, key] = at
-        answers.append((at, words, key))
-        loop = _loop(text, words)
+        answers.append((at, words))
+        loop = _loop(plain(text), words)
         if loop:
             yield f"turn {at + 1} loops: {loop}"
 
