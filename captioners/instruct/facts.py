@@ -437,7 +437,9 @@ def _judge(thing: Thing, context: Context, things: dict[str, Thing]) -> None:
             and thing.noun.counts
             and count <= (MOST if thing.several else FEW)
             and not rivals
-            and not any(other.boxes and nouns.includes(key, other.key) for other in things.values())
+            and not any(
+                other.boxes and other is not thing and nouns.includes(key, other.key) for other in things.values()
+            )
             and not (detected and _doubled([boxes[place] for place in thing.boxes]))
         )
         if nouns.described(thing.key).head != thing.key.lower():

@@ -182,6 +182,7 @@ def exchanged(answer: Instruction) -> list[str]:
         (("A man and a woman walk on the grass.",), ("person",), (), None),
         (("A man, a woman and a boy walk.",), ("person", "person"), (), None),
         ((), ("dog", "dog"), ("dog",), None),
+        ((), ("sofa", "sofa"), (), 2),
         ((), ("sofa", "sofa"), ("sofa",), None),
         ((), ("dog",) * 5, (), None),
         (("Dogs run on the grass.",), ("dog",) * 5, (), 5),
