@@ -339,7 +339,7 @@ def wait_for_readers(fs: Any, root: str, wait_s: float = 0.0) -> None:
             if stored is None:
                 continue
             if watch.is_over(path, stored):
-                with contextlib.suppress(FileNotFoundError), storage.explained(f"cannot remove {path}"):
+                with storage.explained(f"cannot remove {path}"), contextlib.suppress(FileNotFoundError):
                     fs.rm_file(path)
             elif _clock() >= until and watch.lives(path, stored):
                 raise DatasetLocked(

@@ -210,7 +210,7 @@ class Store(Place):
 
     def remove(self, files: Sequence[File]) -> None:  # noqa: D102 (see Place)
         for start in range(0, len(files), _AT_ONCE):
-            with contextlib.suppress(FileNotFoundError), storage.explained(f"cannot remove from {self.lines}"):
+            with storage.explained(f"cannot remove from {self.lines}"), contextlib.suppress(FileNotFoundError):
                 self.dataset.fs.rm([file.path for file in files[start : start + _AT_ONCE]])
 
     def change(self, change: Callable[[Spending], Result]) -> Result:  # noqa: D102 (see Place)
