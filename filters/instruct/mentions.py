@@ -6,17 +6,19 @@ import re
 from collections.abc import Iterator, Sequence
 
 from filters.instruct.evidence import Evidence, Labelled
-from filters.instruct.vocabulary import vocabulary
-from filters.instruct.words import number, tokens, words_of
+from filters.instruct.vocabulary import Noun, vocabulary
+from filters.instruct.words import FUNCTION, number, tokens, words_of
 from pairmill.boxes import Box
 from pairmill.instructions import Mention, Turn, parts
 from schemas.config import InstructKind
 
 _BROKEN = re.compile(r"\]\s*\(\s*box|\(box:|\bbox:\s*\d|\[[^\[\]]*\]\([^()]*\)|<box>|<ref>|</?p>", re.IGNORECASE)
 _FREE = words_of(
-    "region area part section place spot here there it this that one ones they them these those thing things "
+    "left right top bottom middle center centre corner side background foreground region area part section place spot "
+    "here there it this that one ones they them these those thing things "
     "object objects item items"
 )
+_BEHIND = words_of("on in with at near next behind that who holding wearing riding to by")
 _PLURAL = words_of(
     "both all two three four five six seven eight nine ten several many these those they them ones things "
     "objects items regions areas places people and pair group row couple"
@@ -76,10 +78,7 @@ def _misfit(mention: Mention, meant: Sequence[Labelled], evidence: Evidence) -> 
         heads = [noun for at, noun in enumerate(nouns) if at + 1 == len(nouns) or nouns[at + 1].start != noun.end]
         head = heads if joint else _head(heads, words)
         for thing in meant:
-            if not any(
-                thing.is_a(noun.name.concepts) or thing.may_be(noun.name.concepts) or _worn(noun.words, thing)
-                for noun in head
-            ):
+            if not any(thing.is_a(noun.name.concepts) or thing.may_be(noun.name.concepts) for noun in head):
                 return f"the box is {labels}"
         adjectives = evidence.adjectives & frozenset(words)
         for thing in meant:
@@ -90,7 +89,7 @@ def _misfit(mention: Mention, meant: Sequence[Labelled], evidence: Evidence) -> 
             return f"one thing, {len(meant)} boxes"
         if len(meant) == 1 and head[0].name.plural and not joint and not _lumped(meant[0], head[0].words):
             return "several things, one box"
-    elif not nouns and not _FREE & set(words) and meant and _unknown(words, meant):
+    elif not nouns and not _FREE & set(words) and meant and _is_foreign(words, meant, evidence):
         return f"the box is {labels}"
     values = [value for word in words if (value := number(word)) is not None and value > 1]
     if (
@@ -106,35 +105,11 @@ def _misfit(mention: Mention, meant: Sequence[Labelled], evidence: Evidence) -> 
     return None
 
 
-def _head(nouns, words):  # type: ignore[no-untyped-def]
-    for stop in (
-        "on",
-        "in",
-        "with",
-        "of",
-        "at",
-        "near",
-        "next",
-        "behind",
-        "that",
-        "who",
-        "holding",
-        "wearing",
-        "riding",
-        "to",
-        "by",
-    ):
-        if stop in words:
-            at = words.index(stop)
-            before = [noun for noun in nouns if noun.end <= at]
-            if before and stop != "of":
-                return before[-1:] if len(before) < 3 else before[:1]
-    return nouns[-1:]
-
-
-def _worn(words: str, thing: Labelled) -> bool:
-    concepts = vocabulary().names[words].concepts if words in vocabulary().names else frozenset()
-    return any(not vocabulary().kinds.get(own, frozenset()).isdisjoint(concepts) for own in thing.concepts)
+def _head(nouns: Sequence[Noun], words: Sequence[str]) -> Sequence[Noun]:
+    """The noun that a phrase is about: ``dog`` in ``the dog on the couch``."""
+    at = next((at for at, word in enumerate(words) if word in _BEHIND), len(words))
+    before = [noun for noun in nouns if noun.end <= at]
+    return before[-1:] or nouns[-1:]
 
 
 def _lumped(thing: Labelled, words: str) -> bool:
@@ -142,6 +117,8 @@ def _lumped(thing: Labelled, words: str) -> bool:
     return label.endswith("s") or words in ("scissors", "skis", "glasses", "pants", "jeans", "shorts", "flowers")
 
 
-def _unknown(words: Sequence[str], meant: Sequence[Labelled]) -> bool:
-    labels = {part.rstrip("s") for thing in meant for part in thing.box.label.lower().split()}
-    return not any(word.rstrip("s") in labels for word in words) and len(words) > 6
+def _is_foreign(words: Sequence[str], meant: Sequence[Labelled], evidence: Evidence) -> bool:
+    """Whether a phrase without a known noun ends in a word that neither the texts nor the labels have."""
+    telling = [word for word in words if word.isalpha() and word not in FUNCTION and number(word) is None]
+    labels = {part for thing in meant for part in thing.box.label.lower().split()}
+    return bool(telling) and not {telling[-1], telling[-1].rstrip("s")} & (evidence.words | labels)

@@ -58,10 +58,6 @@ _PICTURE = words_of("image picture photo photograph images pictures photos photo
 _SCENES = words_of("room street field beach park forest court yard kitchen bathroom")
 _PRONOUN = re.compile(r"\b(?:it|they|he|she|one)\b")
 _ATTACHED = words_of("with in on of at near holding wearing under behind over by beside riding carrying onto from like")
-_TO = words_of(
-    "the a an another this that these those his her their its one two three of both and , first second other "
-    "large small big little red blue green yellow white black brown orange"
-)
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
                 matches.append((match.start(), match.end(), where, (), match[0].strip()))
     matches.sort(key=lambda found: (found[0], found[1]))
     lower, previous = 0, (0, 0)
-    last: tuple[list[Noun], int] | None = None
+    last: tuple[list[Noun], int, tuple[Noun, ...]] | None = None
     for start, end, where, objects, words in matches:
         if (start, end) != previous:
             lower = previous[1] if previous[1] <= start else 0
@@ -144,19 +140,18 @@ def relations(tokens: Sequence[str], nouns: Sequence[Noun], spoken_of: Sequence[
         if not subjects and _PRONOUN.search(before):
             subjects = [nouns[int(place[1])] for place in _PLACE.finditer(text[:start])] or list(spoken_of)
         if not subjects and last and re.fullmatch(r"[ ,]*(?:and )?", text[last[1] : start]):
-            subjects = last[0]  # "to the left of the cars at the far right": the cars, or what is left of them
+            apart = text[last[1] : start].strip()  # "left of the cars at the far right": perhaps the cars
+            subjects = last[0] if apart else [*last[0], *last[2]]
         if not subjects:
             rest = min((later[0] for later in matches if later[0] > start), default=len(text))
             after = [nouns[int(place[1])] for place in _PLACE.finditer(text[end:rest] if rest > end else text[end:])]
             subjects = after[:1]
         if subjects:
-            last = ([*subjects, *objects], end)
+            last = (subjects, end, objects)
             denied = shift(start) in absent
             named = f"{subjects[-1].words} {words} {' and '.join(noun.words for noun in objects)}".strip()
-            definite = "of the" not in words and not {"a", "an"} & set(
-                tokens[max(subjects[-1].start - 4, 0) : subjects[-1].start]
-            )
-            around = tuple(tuple(tokens[max(noun.start - 3, 0) : noun.start]) for noun in (*subjects, *objects))
+            definite = "of the" not in words and {"a", "an"}.isdisjoint(subjects[-1].before)
+            around = tuple(noun.before[-3:] for noun in (*subjects, *objects))
             yield Relation(tuple(subjects), where, objects, named, denied, definite, around)
 
 
@@ -167,7 +162,7 @@ _FRAME_WORDS = {
     "below": frozenset({"bottom", "lower"}),
     "middle": frozenset({"middle", "center", "centre", "central"}),
 }
-_SIDES = frozenset(["left", "right", "top", "upper", "bottom", "lower"])
+_SIDES = words_of("left right top upper bottom lower")
 _WORDS = words_of(
     "left right over above below beneath underneath under between top upper bottom lower higher middle center centre"
 )
@@ -238,12 +233,12 @@ def relation_holds(
 ) -> bool | None:
     """Whether some of the subjects stand so to some of the objects; null where one of them has no box."""
     scene = relation.where in ("left", "right") and len(relation.objects) == 1 and is_scene(relation.objects[0])
-    if scene and not _things(relation.objects[0], evidence, tokens):
+    if scene and not _things(relation.objects[0], evidence):
         relation = replace(relation, objects=())
-    subjects = [things for noun in relation.subjects if (things := _things(noun, evidence, tokens))]
-    objects = [_things(noun, evidence, tokens) for noun in relation.objects]
-    unboxed = [noun for noun in relation.subjects if not _things(noun, evidence, tokens)]
-    if not subjects or not all(objects) or any(not _is_attached(noun, tokens) for noun in unboxed):
+    subjects = [things for noun in relation.subjects if (things := _things(noun, evidence))]
+    objects = [_things(noun, evidence) for noun in relation.objects]
+    unboxed = [noun for noun in relation.subjects if not _things(noun, evidence)]
+    if not subjects or not all(objects) or any(not _is_attached(noun) for noun in unboxed):
         return None
     if "both" in tokens and len(objects) == 1 and relation.where != "between":
         alone = [[[other]] for other in objects[0]]
@@ -274,9 +269,9 @@ def is_scene(noun: Noun) -> bool:
     return not _SCENES.isdisjoint(_kinds(noun))
 
 
-def _is_attached(noun: Noun, tokens: Sequence[str]) -> bool:
+def _is_attached(noun: Noun) -> bool:
     """``collar`` in ``the dog with the red collar``: what is said next is said of the dog."""
-    return not _ATTACHED.isdisjoint(tokens[max(noun.start - 4, 0) : noun.start])
+    return not _ATTACHED.isdisjoint(noun.before)
 
 
 def _stands(thing: Labelled, where: str, objects: Sequence[Sequence[Labelled]], width: int, height: int) -> bool:
@@ -312,8 +307,8 @@ def _inside(value: float, one: float, other: float) -> bool:
     return min(one, other) - MARGIN <= value <= max(one, other) + MARGIN
 
 
-def _things(noun: Noun, evidence: Evidence, tokens: Sequence[str]) -> list[Labelled]:
-    adjectives = evidence.adjectives & frozenset(tokens[max(noun.start - 3, 0) : noun.start])
+def _things(noun: Noun, evidence: Evidence) -> list[Labelled]:
+    adjectives = evidence.adjectives & frozenset(noun.before[-3:])
     found = [
         thing
         for thing in evidence.labelled

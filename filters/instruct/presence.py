@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from filters.instruct.evidence import Evidence, negated
-from filters.instruct.vocabulary import Noun
-from filters.instruct.words import DETERMINERS, QUOTE, tokens, words_of
+from filters.instruct.vocabulary import Noun, vocabulary
+from filters.instruct.words import DETERMINERS, QUOTE, words_of
 
 _HEDGES = words_of(
     "might may could would can should likely possibly perhaps probably maybe if typically usually often commonly "
@@ -31,9 +31,6 @@ _POLAR = (
 _ANYBODY = words_of("people person someone somebody humans individual individuals")
 _VIEWER = words_of("camera photographer")
 _PICTURE = words_of("image picture photo photograph scene view frame shot")
-_UNQUALIFIED = words_of(
-    ", . ; or nor and visible present here anywhere seen shown pictured depicted at can is are in to but though"
-)
 
 
 def presence_faults(sentences: Sequence[list[str]], evidence: Evidence, hedged: bool) -> Iterator[str]:
@@ -166,7 +163,7 @@ def _nobody(words: Sequence[str], evidence: Evidence) -> Iterator[str]:
         nobody = word == "nobody" or (word == "no" and words[at + 1 : at + 2] == ["one"])
         if nobody and not {"else", "other"} & set(words):
             end = at + (1 if word == "nobody" else 2)
-            person = Noun(at, end, "person", evidence_person())
+            person = Noun(at, end, "person", vocabulary().names["person"])
             behind = words[end : end + 3]
             if (
                 (not behind or behind[:1] in (["in"], ["is"]))
@@ -174,16 +171,3 @@ def _nobody(words: Sequence[str], evidence: Evidence) -> Iterator[str]:
                 and is_there(person, evidence)
             ):
                 yield "nobody: texts or boxes have a person"
-
-
-def evidence_person():  # type: ignore[no-untyped-def]
-    """The name ``person``."""
-    from filters.instruct.vocabulary import vocabulary
-
-    return vocabulary().names["person"]
-
-
-def bare_answer(content: str) -> str:
-    """``yes``, ``no`` or nothing: how an answer begins."""
-    words = tokens(content[:20])
-    return words[0] if words and words[0] in ("yes", "no") else ""

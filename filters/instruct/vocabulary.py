@@ -36,6 +36,8 @@ class Noun:
     end: int
     words: str
     name: Name
+    before: tuple[str, ...] = ()
+    """Up to four words before it, the nearest last."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Vocabulary:
                 words = tokens[at] if size == 1 else " ".join(tokens[at : at + size])
                 name = (more and more.get(words)) or self.names.get(words)
                 if name:
-                    found.append(Noun(at, at + size, words, name))
+                    found.append(Noun(at, at + size, words, name, tuple(tokens[max(at - 4, 0) : at])))
                     at += size
                     break
             else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 
 _TOKEN = re.compile(r"\d+(?:[.,:/]\d+)*(?:st|nd|rd|th)?|[^\W\d_]+|n't|'s\b|[,;:()\u2014]")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"'\u201d\u2019)\]]*\s+|\n+")
@@ -106,8 +105,3 @@ def number(token: str) -> int | None:
     if token.isascii() and token.isdigit() and len(token) <= 3:
         return int(token)
     return NUMBERS.get(token)
-
-
-def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Runs of n words."""
-    return zip(*(words[i:] for i in range(n)), strict=False)
