@@ -130,12 +130,17 @@ class PaidChat:
         """As a config says.
 
         Raises:
-            ConfigError: no or a wrong base_url, or no name.
+            ConfigError: no or a wrong base_url, no name, or a budget of money without a price.
         """
         if writer.base_url is None:
             raise ConfigError(f"{SECTION}.base_url is not set; give the endpoint, such as http://127.0.0.1:8000/v1")
         if writer.name is None:
             raise ConfigError(f"{SECTION}.name is not set; an endpoint knows its models by name")
+        if budget.money is not None and not (price.prompt or price.completion):
+            raise ConfigError(
+                "instruct.budget.money is set, but nothing has a price; say in instruct.price what tokens cost, or "
+                "limit instruct.budget.tokens"
+            )
         endpoint = Endpoint(
             SECTION,
             check_base_url(writer.base_url, SECTION),

@@ -139,6 +139,7 @@ class Journal:
 
     async def __aexit__(self, *_: object) -> None:
         with self._ending:
+            await self._lines.drain()
             await asyncio.to_thread(self._lines.sync)
             used = self._used()
             await self._share(used[0], used[1], "closed")

@@ -295,6 +295,9 @@ class DiskLines:
                     os.ftruncate(self._open[shard][0], size)
             raise _cannot_write(path, error) from error
 
+    async def drain(self) -> None:
+        """Return when nothing is being written any more."""
+
     def sync(self) -> None:
         """Make all lines last through a loss of power."""
         for descriptor, _ in list(self._open.values()):
@@ -360,6 +363,11 @@ class StoreLines:
             storage.put_if_absent(self._place.dataset.fs, path, data)  # nobody else has the name
         else:
             self._place.dataset.fs.pipe_file(path, data)
+
+    async def drain(self) -> None:
+        """Return when nothing is being written any more: of requests that were given up, too."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks))
 
     def sync(self) -> None:
         """Objects that were written last."""

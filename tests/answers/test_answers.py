@@ -184,7 +184,7 @@ def test_a_budget_is_used_up_and_never_exceeded_and_a_larger_one_goes_on(tmp_pat
         assert "raise it and run again" in refused[0].detail
         begin = time.monotonic()
         assert ask(chat_of(url, server.base_url, **limit), range(400, 500))  # nothing is sent, nothing waits
-        assert meter.tokens == billed and time.monotonic() - begin < 1
+        assert meter.tokens == billed and time.monotonic() - begin < 5
         folded(url)
         assert texts(ask(chat_of(url, server.base_url, tokens=10**6), range(400))) == said(range(400))
     assert set(meter.billed.values()) == {1} and spent(Dataset(url))[0] == meter.tokens
