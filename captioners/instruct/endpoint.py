@@ -200,9 +200,10 @@ class EndpointWriter:
 
     questions: Questions
     chat: PaidChat = field(compare=False)
-    resources: Resources = field(default=Resources(cpus=0.25, rows=1024, actor=True), compare=False)
-    """A call ends with its slowest answer, while others could be asked for: 77% of a bare loop's throughput with 256
-    rows a call, 90% with 1,000 (`benchmarks/endpoint.py`)."""
+    resources: Resources = field(default=Resources(cpus=0.25, rows=1024, actor=True, workers=1), compare=False)
+    """One worker on a cluster, since limits a minute are the whole run's. A call ends with its slowest answer, while
+    others could be asked for: 77% of a bare loop's throughput with 256 rows a call, 90% with 1,000
+    (`benchmarks/endpoint.py`)."""
 
     @classmethod
     def of(cls, run: config.RunConfig) -> EndpointWriter:
