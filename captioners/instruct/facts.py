@@ -10,7 +10,8 @@
 - **The one** of a label: its count is 1; or it was not looked for, has no box, and every text that names it does so
   in the singular.
 - **A colour or a material** is that of a text's adjectives right before the noun of the one of its label; no text gives
-  it another one. In a label ("large red circle") size and colour are part of the label.
+  it another one. Of what has no box, "a red bus" in one text alone says it of some bus only. In a label ("large red
+  circle") size and colour are part of the label.
 - **Left, right, above, below** hold between things that are each the one of their label, when the centres of their
   boxes differ by `MARGIN` of the image's side and the boxes share at most `SHARED` of the smaller one's extent on that
   axis. **Place in the picture**: see `Thing.side`, `Thing.level` and `Thing.central`.

@@ -71,7 +71,8 @@ POSTURES: Mapping[str, str] = {
     "sitting": "sit", "sits": "sit", "seated": "sit", "sit": "sit", "standing": "stand", "stands": "stand",
     "stand": "stand", "laying": "lie", "lying": "lie", "lays": "lie", "lies": "lie", "walking": "walk",
     "walks": "walk", "leaning": "lean", "leans": "lean", "running": "run", "runs": "run", "jumping": "jump",
-    "jumps": "jump", "flying": "fly", "flies": "fly", "sleeping": "sleep", "sleeps": "sleep",
+    "jumps": "jump", "riding": "ride", "rides": "ride", "flying": "fly", "flies": "fly", "sleeping": "sleep",
+    "sleeps": "sleep",
 }  # fmt: skip
 """Words that say how a body is held: texts that differ in them contradict each other."""
 PLACES: frozenset[str] = words_of(
@@ -201,7 +202,7 @@ _NEAR: Mapping[str, str] = {
     " they boarder driver student police officer officer model tourist teenager teen human men women"
     " bride groom skater",
     "bicycle": "cycle cyclist vehicle tricycle",
-    "motorcycle": "scooter moped vehicle cycle",
+    "motorcycle": "bike biker bicycle scooter moped vehicle cycle",
     "airplane": "wing airport",
     "bus": "vehicle trolley coach",
     "train": "metro subway tram trolley locomotive railway engine rail",

@@ -238,7 +238,12 @@ class _Composer:
             if thing.sole:
                 if thing.colour and self.has_colour(thing):
                     yield _Idea("color", key, partial(self.ask_colour, thing))
-                if thing.material and thing.key not in nouns.ROOMS and thing.key not in nouns.OUTDOORS:
+                if (
+                    thing.material
+                    and self.surely_one(thing)
+                    and thing.key not in nouns.ROOMS
+                    and thing.key not in nouns.OUTDOORS
+                ):
                     yield _Idea("material", key, partial(self.ask_material, thing))
                 if thing.side or thing.level or thing.central:
                     yield _Idea("side", key, partial(self.ask_side, thing))
@@ -287,7 +292,14 @@ class _Composer:
         person = self.facts.things.get("person")
         if thing.key in nouns.CLOTHES:
             return person is not None and person.sole
+        if not self.surely_one(thing):
+            return False
         return thing.key != "person" and (bool(thing.boxes) or nouns.askable(thing.key))
+
+    def surely_one(self, thing: Thing) -> bool:
+        """Whether "the bus" can be only one: "a red bus" in one text alone leaves room for another bus."""
+        definite = all(self.facts.texts[mention.text].low[mention.start] == "the" for mention in thing.told)
+        return bool(thing.boxes) or definite or len({mention.text for mention in thing.told}) > 1
 
     def relation(self, a: Thing, b: Thing) -> str | None:
         """How the first is placed to the second; null where that is not plain."""
@@ -349,7 +361,10 @@ class _Composer:
         if not thing.noun.live:
             question = self.say(phrases.WHERE, **words)
         else:
-            question = self.say(phrases.DEEDS.get(deed.verb, phrases.DOING), **words)
+            asked = phrases.DEEDS.get(deed.verb, phrases.DOING)
+            if "Where" in asked[0] and deed.said.split(" ")[1] not in nouns.PLACES:
+                asked = phrases.DOING
+            question = self.say(asked, **words)
         answers = (
             ("{The} {is} {said}", "{It} {is} {said}") if several or thing.key != "person" else ("{The} {is} {said}",)
         )
@@ -431,8 +446,11 @@ class _Composer:
             return self.ask(phrases.PRESENT_MANY, ("Yes, there are {many} in the picture.", "Yes."), many=many)
         a = self.a(thing)
         place = f" {_place(thing)}" if thing.side or thing.level else " in the picture"
-        answers = ("Yes, there {be} {a}{place}.", "Yes, there {be} {a}.", "Yes.")
-        return self.ask(phrases.PRESENT, answers, a=a, be="is", place=place)
+        there = ["Yes, there {be} {a}{place}.", "Yes, there {be} {a}.", "Yes."]
+        if thing.sole and thing.colour and not thing.colour_in_label and thing.key not in ("person", *nouns.CLOTHES):
+            colour = " and ".join(thing.colour)
+            there.append(f"Yes, there is {nouns.article(colour)} {colour} {thing.noun.one}.")
+        return self.ask(phrases.PRESENT, there, a=a, be="is", place=place)
 
     def ask_absent(self, label: str) -> Pair:
         noun = nouns.noun(label)

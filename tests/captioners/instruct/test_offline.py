@@ -236,6 +236,12 @@ def test_colours_of_people_and_fruit_are_not_asked():
     assert "color" not in said and "Which of the two" in said
 
 
+def test_one_text_alone_leaves_room_for_another_bus():
+    one = picture("A red bus is on the street.")
+    assert "color" not in all_asked(one, 40) and "Yes, there is a red bus." in all_said(one, 40)
+    assert "color of the bus" in all_asked(picture("A red bus is on the street.", "A red bus is parked at a stop."), 40)
+
+
 def test_clothes_are_the_shirt_only_where_one_person_wears_them():
     one = picture("A man in a red shirt is standing next to a bus.", boxes=[dog(label="person"), dog(500, label="bus")])
     two = picture(
