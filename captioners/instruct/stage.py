@@ -18,7 +18,7 @@ from pairmill.instructions import KINDS, Context, Instruction, Task
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import InstructKind, Price, RunConfig
-from schemas.reasons import DEFERRED_VALUES
+from schemas.reasons import DEFERRED_VALUES, Reason
 
 if TYPE_CHECKING:
     from captioners.instruct.endpoint import Questions
@@ -98,7 +98,8 @@ class Instructions(Stage):
     @property
     def reads(self) -> tuple[str, ...]:
         """Texts, boxes, the size of the stored image, and the shard."""
-        columns = [fields.TEXTS, fields.REGIONS, fields.CROWDED, fields.WIDTH, fields.HEIGHT, fields.SHARD]
+        columns = [fields.TEXTS, fields.REGIONS, fields.REJECTED_BOXES, fields.CROWDED]
+        columns += [fields.WIDTH, fields.HEIGHT, fields.SHARD]
         columns += [fields.CAPTIONS, fields.TEXT_RANKS] if self.captions else []
         columns += [fields.DETECTIONS] if self.detections else []
         return tuple(column.name for column in columns)
@@ -144,7 +145,7 @@ class Instructions(Stage):
         texts = kept_texts([*given, *written], row.get(fields.TEXT_RANKS.name))
         boxes = [Box.from_row(box) for box in row[fields.REGIONS.name] or ()]
         boxes += [Box.from_row(box) for box in row.get(fields.DETECTIONS.name) or ()]
-        crowded = set(row[fields.CROWDED.name] or ())
+        crowded = set(row[fields.CROWDED.name] or ()) | unboxed(row[fields.REJECTED_BOXES.name] or (), boxes)
         if len(boxes) > self.max_boxes:  # of labels that lose boxes here, none may be counted
             largest = sorted(range(len(boxes)), key=lambda n: (-boxes[n].area, n))[: self.max_boxes]
             crowded |= {box.label for n, box in enumerate(boxes) if n not in set(largest)}
@@ -232,6 +233,13 @@ def kept_texts(texts: Sequence[str | None], ranks: Sequence[int | None] | None) 
         return [text for text in texts if text]
     ranked = sorted((rank, text) for rank, text in zip(ranks, texts, strict=False) if rank is not None and text)
     return [text for _, text in ranked]
+
+
+def unboxed(rejected: Sequence[Mapping[str, Any]], boxes: Sequence[Box]) -> set[str]:
+    """Labels of which there may be something without a box, since its box was rejected: there is no counting them. A
+    rejected box without a label may have been of any."""
+    labels = {entry["box"]["label"] for entry in rejected if entry["reason"] != Reason.BOX_REPEATED}
+    return labels if all(labels) else labels | {box.label for box in boxes}
 
 
 def takes_part(seed: int, uid: str, kind: str, share: float) -> bool:
