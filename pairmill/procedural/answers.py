@@ -759,6 +759,12 @@ class _Reader:
             true = true and fragment
         return true
 
+    def _is_one(self, place: int, of: int) -> bool:
+        """Whether what a phrase means is one of what another one says: "a purple star", asked for a small star."""
+        fitting = set(self.world.fitting(self.meant(of)))
+        options = self.options(place)
+        return bool(options) and all(set(option) <= fitting for option in options)
+
     def _to_the_point(self, claims: _Claims) -> bool:
         """Whether a statement is about what the question asks for."""
         kind, about = self.frame.kind, self.frame.about
@@ -768,7 +774,10 @@ class _Reader:
         if kind in ("colour", "where", "identity"):
             return bool(said) and all(any(self.same(place, wanted) for place in said) for wanted in about)
         if kind == "yes or no":
-            return any(self.alike(place, about[0]) or self.same(place, about[0]) for place in said)
+            return any(
+                self.alike(place, about[0]) or self.same(place, about[0]) or self._is_one(place, about[0])
+                for place in said
+            )
         if kind == "choice":
             return bool(said) and any(self.same(said[0], wanted) for wanted in about)
         if kind == "find":
