@@ -205,8 +205,8 @@ def sql(
     ] = TableFormat.TABLE,
     snapshot: SnapshotId = None,
 ) -> None:
-    """Ask a snapshot a question. Views: pairs, texts, images, image_history, boxes, rejected_boxes, instructions, usage,
-    snapshots.
+    """Ask a snapshot a question. Views: pairs, texts, images, image_history, boxes, rejected_boxes, instructions,
+    usage, snapshots.
 
     \b
     Examples:

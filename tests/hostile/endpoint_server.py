@@ -255,7 +255,7 @@ class Meter:
                     self.billed[key] += 1
                     self.tokens += sum(usage.values())
             self._waiting += 1
-            while self._waiting < self._hold:
+            while self._waiting < self._hold:  # noqa: ASYNC110 (events belong to one loop)
                 await asyncio.sleep(0.01)
             self._hold = 0
             self._waiting -= 1
