@@ -612,10 +612,33 @@ def _quotable(context: Context, texts: Sequence[Text], things: dict[str, Thing])
             for mention in thing.mentions
         ):
             continue
+        if context.boxes and _overstates(text, place, context, things):
+            continue
         others = [content[other] for other in range(len(texts)) if other != place]
         shared = sum(len(content[place] & other) for other in others) / max(1, len(others) * len(content[place]))
         scored.append((-shared, place))
     return tuple(place for _, place in sorted(scored))
+
+
+_ANYTHING = words_of("shapes objects figures things items")
+
+
+def _overstates(text: Text, place: int, context: Context, things: dict[str, Thing]) -> bool:
+    """Whether a text counts all things otherwise than the boxes do ("two objects: ..."), or says "a red cross and
+    a red cross" where there is one."""
+    for number, noun in pairwise(text.low):
+        if noun in _ANYTHING and nouns.NUMBERS.get(number, len(context.boxes)) != len(context.boxes):
+            return True
+    for thing in things.values():
+        if thing.boxes and thing.key not in context.crowded and thing.noun.counts:
+            ones = Counter(
+                text.low[mention.start : mention.end]
+                for mention in thing.mentions
+                if mention.text == place and mention.number == 1 and text.low[mention.start] in ("a", "an")
+            )
+            if max(ones.values(), default=0) > len(thing.boxes):
+                return True
+    return False
 
 
 def _miscounts(mention: Mention, thing: Thing, stated: set[int], context: Context) -> bool:
@@ -659,13 +682,18 @@ def _absent(context: Context, texts: Sequence[Text], things: dict[str, Thing]) -
         return ()
     kinds = nouns.lexicon()
     words = {word for text in texts for word in text.words}
-    there = {kinds.keys.get(key.lower(), key) for key in (*things, *context.crowded)}
+    named = {key.lower() for key in (*things, *context.crowded)}
+    there = {kinds.keys.get(key, key) for key in named} | {nouns.described(key).head for key in named}
     for word in words:
         there |= kinds.near.get(word, _NOTHING)
     return tuple(
         label
         for label, key, heads in _looked_for(context.labels)
-        if key not in there and label not in things and label not in context.crowded and heads.isdisjoint(words)
+        if key not in there
+        and label not in things
+        and label not in context.crowded
+        and nouns.described(label).head not in named  # what is called a circle may be a red one
+        and heads.isdisjoint(words)
     )
 
 

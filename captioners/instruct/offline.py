@@ -1159,10 +1159,10 @@ def groups(boxed: Sequence[Thing]) -> list[Thing]:
 def names(facts: Facts) -> dict[str, str]:
     """What the one of each label is called; without those that would share a name."""
     found: dict[str, str] = {}
-    heads = Counter(nouns.described(box.label).head for box in facts.context.boxes)
-    coloured = Counter(
-        (nouns.described(box.label).colour, nouns.described(box.label).head) for box in facts.context.boxes
-    )
+    context = facts.context
+    labels = [nouns.described(label) for label in (*(box.label for box in context.boxes), *sorted(context.crowded))]
+    heads = Counter(label.head for label in labels)
+    coloured = Counter((label.colour, label.head) for label in labels)
     for thing in facts.things.values():
         if not thing.sole:
             continue
