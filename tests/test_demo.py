@@ -84,7 +84,7 @@ def check_boxes_and_instructions(out: Path, snapshot: Snapshot, report: DemoRepo
     }, "a kept pair has its true boxes, and none of the faulty ones"
     rejected = query(
         snapshot,
-        "SELECT reason FROM rejected_boxes JOIN pairs ON pairs.uid = rejected_boxes.uid WHERE status = 'kept'",
+        "SELECT b.reason FROM rejected_boxes b JOIN pairs ON pairs.uid = b.uid WHERE pairs.status = 'kept'",
     )["reason"].to_pylist()
     planted = [FAULTS[fault] for row in found for fault in faults[row["url"], row["text"]] or () if fault]
     assert sorted(rejected) == sorted(planted) and planted
@@ -92,7 +92,9 @@ def check_boxes_and_instructions(out: Path, snapshot: Snapshot, report: DemoRepo
     score = report.metrics.instructions
     written = query(snapshot, "SELECT id FROM instructions WHERE reason IS NULL")["id"].to_pylist()
     assert min(score.conversations.values()) > 80 and sum(score.conversations.values()) == len(written)
-    assert set(score.left_out) == {"writer.nothing_to_say"}
+    checked = sum(number for reason, number in score.left_out.items() if reason.startswith("check."))
+    assert checked < 0.01 * len(written), score.left_out
+    assert set(score.left_out) >= {"writer.nothing_to_say"}
     assert score.answers > 800 and score.true > 0.98  # 0.99 holds for 2,000 pairs
     assert score.not_understood == 0
     assert min(score.true_by_kind.values()) > 0.95
