@@ -763,7 +763,7 @@ class _Reader:
         """Whether what a phrase means is one of what another one says: "a purple star", asked for a small star."""
         fitting = set(self.world.fitting(self.meant(of)))
         options = self.options(place)
-        return bool(options) and all(set(option) <= fitting for option in options)
+        return bool(options) and all(option and set(option) <= fitting for option in options)
 
     def _to_the_point(self, claims: _Claims) -> bool:
         """Whether a statement is about what the question asks for."""

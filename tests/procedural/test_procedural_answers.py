@@ -204,7 +204,7 @@ def made_false(answer: str, scene: Scene) -> Iterator[tuple[str, str]]:
             kind, new = "size", "small" if word == "large" else "large"
         elif word in ("yes", "no") and place == 0:
             kind, new = "polarity", "no" if word == "yes" else "yes"
-        if kind and new:
+        if kind and new and new != word:
             new = new.capitalize() if found[0][0].isupper() else new
             yield kind, answer[: found.start()] + new + answer[found.end() :]
 
