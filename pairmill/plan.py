@@ -188,6 +188,9 @@ def _cut(steps: list[PlannedStep]) -> tuple[Segment, ...]:
     groups: list[list[PlannedStep]] = []
     resources: list[Resources] = []
 
+    def chose() -> bool:
+        return any(s.step.outcomes for group in groups for s in group)
+
     def close() -> None:
         if groups:
             segments.append(Segment(tuple(_group(r, g) for r, g in zip(resources, groups, strict=True))))
@@ -201,8 +204,8 @@ def _cut(steps: list[PlannedStep]) -> tuple[Segment, ...]:
             segments.append(Segment(global_step=planned))
         elif isinstance(step, Stage):
             wanted = step.resources
-            if read_outcomes(step):
-                close()  # what verdicts made of texts is told by the driver, with each unit
+            if read_outcomes(step) and chose():
+                close()  # what verdicts made of texts is told by the driver, with each unit of a later segment
             only_verdicts = bool(groups) and all(s.kind == "verdict" for s in groups[-1])
             if groups and (only_verdicts or _place(resources[-1]) == _place(wanted)):
                 if only_verdicts:
