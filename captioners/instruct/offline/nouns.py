@@ -393,6 +393,21 @@ def noun(label: str) -> Noun:
 
 
 @lru_cache(maxsize=65536)
+def canonical(label: str) -> str:
+    """The label or noun of the lexicon that a label means the same as; itself where there is none."""
+    return lexicon().keys.get(label.lower(), label)
+
+
+@lru_cache(maxsize=65536)
+def alike(label: str, other: str) -> bool:
+    """Whether one would compare things of the two labels: both are animals, vehicles ..., or both are described by size
+    or colour."""
+    if any(label in kinds and other in kinds for kinds in CLASSES):
+        return True
+    return not described(label).plain and not described(other).plain
+
+
+@lru_cache(maxsize=65536)
 def includes(label: str, other: str) -> bool:
     """Whether a thing of the other label may be called by the first: a wine glass is a cup."""
     book = vocabulary()
@@ -422,6 +437,11 @@ class Described:
     size: str | None
     colour: str | None
     head: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether it has no such adjectives."""
+        return self.size is None and self.colour is None
 
 
 @lru_cache(maxsize=4096)

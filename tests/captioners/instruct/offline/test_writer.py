@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioners.instruct import facts, nouns
-from captioners.instruct.offline import OfflineWriter
+from captioners.instruct.offline import OfflineWriter, facts, nouns
 from filters.instruct import check
 from pairmill.boxes import Box
 from pairmill.instructions import KINDS, Context, Instruction, Mention, Task, parts, plain
 from schemas.config import RunConfig
 from schemas.reasons import Reason
-from tests.captioners.instruct.reader import NUMBERS, Reader
+from tests.captioners.instruct.offline.reader import NUMBERS, Reader
 
 LABELS = (
     "dog",

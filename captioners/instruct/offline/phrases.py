@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
-from captioners.instruct.nouns import NUMBER_WORDS
+from captioners.instruct.offline.nouns import NUMBER_WORDS
 
 T = TypeVar("T")
 

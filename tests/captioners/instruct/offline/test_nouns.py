@@ -2,7 +2,7 @@
 
 import pytest
 
-from captioners.instruct import nouns
+from captioners.instruct.offline import nouns
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from captioners.instruct.facts import read
-from captioners.instruct.offline import names
+from captioners.instruct.offline.facts import read
+from captioners.instruct.offline.naming import Picture
 from pairmill.boxes import Box
 from pairmill.instructions import Context
 
@@ -33,9 +33,9 @@ def test_what_a_label_describes_is_not_denied(there, crowded, asked, absent):
 
 def test_the_star_is_not_the_one_where_another_may_have_lost_its_box():
     facts = read(context("a star and a ring", labels=("small red star", "ring")))
-    assert names(facts)["small red star"] == "star"
+    assert Picture(facts).names["small red star"] == "star"
     facts = read(context("a star and a ring", labels=("small red star", "ring"), crowded=("large blue star",)))
-    assert names(facts)["small red star"] == "red star"
+    assert Picture(facts).names["small red star"] == "red star"
 
 
 @pytest.mark.parametrize(

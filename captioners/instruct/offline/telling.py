@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from captioners.instruct import nouns
-from captioners.instruct.facts import Facts, Mention, Text, Thing
-from captioners.instruct.nouns import words_of
-from captioners.instruct.phrases import SHOWS, Choices
+from captioners.instruct.offline import nouns
+from captioners.instruct.offline.facts import Facts
+from captioners.instruct.offline.nouns import words_of
+from captioners.instruct.offline.phrases import SHOWS, Choices
+from captioners.instruct.offline.texts import Mention, Text
+from captioners.instruct.offline.things import Thing
 
 _FINITE = words_of(
     """is are was were has have do does appears seems gets sits stands lies lays walks rides runs holds eats drinks
@@ -77,11 +79,6 @@ def linked(facts: Facts, mention: Mention) -> tuple[int, ...]:
     if thing.sole and not mention.several:
         return thing.boxes
     return thing.boxes if thing.count is not None and thing.count > 1 and mention.stated == thing.count else ()
-
-
-def content(text: Text) -> set[str]:
-    """Its words but for the little ones, without the s of plurals."""
-    return {word.rstrip("s") for word in text.low if word[0].isalpha() and word not in nouns.CLOSED}
 
 
 def posture(text: Text) -> tuple[str, str] | None:
