@@ -204,8 +204,8 @@ def _with_boxes(talk: Talk, data: bytes, font: ImageFont.FreeTypeFont) -> Image.
     pencil = ImageDraw.Draw(picture)
     for number, box in enumerate(talk.boxes):
         x1, y1, x2, y2 = box.moved((size[0] / talk.width, size[1] / talk.height, 0.0, 0.0)).xyxy
-        pencil.rectangle((x1, y1, x2, y2), outline="white", width=4)
-        pencil.rectangle((x1 + 1, y1 + 1, x2 - 1, y2 - 1), outline=_PALETTE[number % len(_PALETTE)], width=2)
+        for gap, colour in ((4, "white"), (3, _PALETTE[number % len(_PALETTE)]), (2, _PALETTE[number % len(_PALETTE)])):
+            pencil.rectangle((x1 - gap, y1 - gap, x2 + gap, y2 + gap), outline=colour)  # outside, so as to hide nothing
     for number, box in enumerate(talk.boxes):
         x1, y1, *_ = box.moved((size[0] / talk.width, size[1] / talk.height, 0.0, 0.0)).xyxy
         left, top = min(x1, size[0] - 16), max(0.0, y1 - 16)
