@@ -83,12 +83,12 @@ class Complex(Composer):
                 yield "sides", partial(self.why_sides, a, b)
             if larger(a, b) and nouns.alike(a.key, b.key) and a.noun.verb == "is" and wider_and_taller(a, b):
                 yield "larger", partial(self.why_larger, a, b)
-        place_shown = setting(self.facts)
-        if place_shown is not None:
-            found = self.sure(_USUAL.get(place_shown, ()))
+        scene = setting(self.facts)
+        if scene is not None:
+            found = self.sure(_USUAL.get(scene, ()))
             if found:
-                yield "room", partial(self.why_room, place_shown, found)
-            yield "setting", partial(self.why_setting, place_shown)
+                yield "room", partial(self.why_room, scene, found)
+            yield "setting", partial(self.why_setting, scene)
         for sport, labels in _SPORTS.items():
             if any(sport in text.low for text in self.facts.texts) and (found := self.sure(labels)):
                 yield "sport", partial(self.why_sport, sport, found)

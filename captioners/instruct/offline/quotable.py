@@ -19,45 +19,18 @@ from pairmill.instructions import Context
 def quotable(context: Context, texts: Sequence[Text], things: Mapping[str, Thing]) -> tuple[int, ...]:
     """The positions of texts that may be quoted, those first that share most words with the others."""
     numbers = {thing.key: {mention.stated for mention in thing.mentions if mention.stated} for thing in things.values()}
-    looked_for = frozenset(context.labels)
-    unboxed: Counter[str] = Counter()
-    for text in texts:
-        unboxed.update(
-            {
-                mention.form.key
-                for mention in text.mentions
-                if mention.head and mention.form.key in looked_for and mention.form.key not in things
-            }
-        )
-    doubted = {
-        key
-        for key, times in unboxed.items()
-        if times == 1 or any(key in alike and not alike.isdisjoint(things) for alike in nouns.CLASSES)
-    }
+    doubted = _doubted(context, texts, things)
     fronts = [_fronts(text) for text in texts]
     sides = {side for found in fronts for side in found}
     disputed = {(side, key) for side, key in sides if (_BEHIND[side], key) in sides}
-    contested = [mention for thing in things.values() if not thing.several for mention in _contested(thing)]
-    genders = [(not nouns.MALE.isdisjoint(text.low), not nouns.FEMALE.isdisjoint(text.low)) for text in texts]
-    males, females = genders.count((True, False)), genders.count((False, True))
-    both = genders.count((True, True))
+    contested = {mention.text for thing in things.values() if not thing.several for mention in _contested(thing)}
+    outvoted = _outvoted(texts)
     scored: list[tuple[float, int]] = []
     for place, text in enumerate(texts):
-        if text.said is None:
+        if text.said is None or place in contested or place in outvoted or not fronts[place].isdisjoint(disputed):
             continue
-        if any(
-            mention.head and mention.form.key in doubted and mention.form.key not in things for mention in text.mentions
-        ):
+        if any(mention.head and mention.form.key in doubted for mention in text.mentions):
             continue
-        if any(mention.text == place for mention in contested):
-            continue
-        if not fronts[place].isdisjoint(disputed):
-            continue
-        if males and females and not both:
-            male = genders[place] == (True, False)
-            female = genders[place] == (False, True)
-            if (male and males <= females) or (female and females <= males):
-                continue
         if any(
             mention.text == place and mention.head and _miscounts(mention, thing, numbers[thing.key], context)
             for thing in things.values()
@@ -71,6 +44,30 @@ def quotable(context: Context, texts: Sequence[Text], things: Mapping[str, Thing
         shared = sum(len(text.content & other) for other in others) / max(1, len(others) * len(text.content))
         scored.append((-shared, place))
     return tuple(place for _, place in sorted(scored))
+
+
+def _doubted(context: Context, texts: Sequence[Text], things: Mapping[str, Thing]) -> set[str]:
+    """Looked-for labels that have no box and that only one text names, or in whose place a like thing has one."""
+    looked_for = frozenset(context.labels).difference(things)
+    times: Counter[str] = Counter()
+    for text in texts:
+        times.update({mention.form.key for mention in text.mentions if mention.head and mention.form.key in looked_for})
+    return {
+        key
+        for key, number in times.items()
+        if number == 1 or any(key in alike and not alike.isdisjoint(things) for alike in nouns.CLASSES)
+    }
+
+
+def _outvoted(texts: Sequence[Text]) -> set[int]:
+    """The texts that say "man" where as many say "woman", or the other way round, and none says both."""
+    genders = [(not nouns.MALE.isdisjoint(text.low), not nouns.FEMALE.isdisjoint(text.low)) for text in texts]
+    males, females = genders.count((True, False)), genders.count((False, True))
+    if not males or not females or (True, True) in genders:
+        return set()
+    least = min(males, females)
+    fewer = [gender for gender, times in (((True, False), males), ((False, True), females)) if times == least]
+    return {place for place, gender in enumerate(genders) if gender in fewer}
 
 
 _ANYTHING = words_of("shapes objects figures things items")

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -31,8 +31,13 @@ _PLURAL_GROUPS = words_of("group couple number bunch herd flock crowd lot family
 """``a group of people are``; but ``a pile of books is``."""
 _RELATIVE = words_of("that which who whose while where as")
 _COLLECTIVE = words_of("couple family crowd group audience team crew")
+_POINTING = ("there", "this", "here")
 _NOTHING: Mapping[str, str] = {}
 _OBJECT = words_of("a an the his her its their up down off over out through")
+
+
+Edit = tuple[int, int, str]
+"""From which character to which one is replaced, and by what."""
 
 
 @dataclass(frozen=True)
@@ -122,30 +127,65 @@ def tell(
     said, where = text.said, text.spans
     if said is None or where is None:
         return said if bare and not known and not link else None
-    edits: list[tuple[int, int, str]] = []
+    edits: list[Edit] = []
     shown = ""
-    statement = text.low[0] in ("there", "this", "here") or _finite(text)
-    first = text.mentions[0] if text.mentions else None
-    if first is not None and not statement and ". " not in said:
-        group = _group(text)
-        several = group in _PLURAL_GROUPS if group else first.several
-        starts = first.head and (first.start == 0 or (group is not None and first.start == 3))
-        determined = several or group is not None or first.number is not None or text.low[0] in ("the", "some")
-        after = text.low[first.end] if first.end < len(text.low) else ""
-        if starts and determined and after in nouns.PARTICIPLES:
-            edits.append((where[first.end][0], where[first.end][0], "are " if several else "is "))
+    statement = text.low[0] in _POINTING or _finite(text)
+    if not statement and ". " not in said:
+        made = _as_statement(text, where, known, choices)
+        if made is not None:
             statement = True
-        elif starts and known and after == "with" and first.form.key in nouns.ROOMS and first.form.key in known:
-            edits.append((*where[first.end], "has"))
-            statement = True
-        elif starts and determined and after in _WITH and not known:
-            shown = choices.of(SHOWS) + " "
-            statement = True
-    if (not statement and not bare) or (known and text.low[0] in ("there", "this", "here")):
+            shown, edits = made
+    if (not statement and not bare) or (known and text.low[0] in _POINTING):
         return None
+    if known:
+        again = _mentioned_again(facts, text, where, known)
+        if again is None:
+            return None
+        edits += [(start, end, "The" if start == 0 and not shown else "the") for start, end in again]
+    if shown and not any(edit[0] == 0 for edit in edits):
+        edits.append((0, 1, said[0].lower()))
+    for mention in text.mentions if link else ():
+        boxes = linked(facts, mention)
+        if boxes:
+            start, end = where[mention.start][0], where[mention.end - 1][1]
+            edits.append((start, start, "["))
+            edits.append((end, end, f"](box:{','.join(map(str, boxes))})"))
+    for left, right, words in sorted(edits, key=lambda edit: (edit[0], edit[1] > edit[0]), reverse=True):
+        said = said[:left] + words + said[right:]
+    return shown + said
+
+
+def _as_statement(
+    text: Text, where: Sequence[tuple[int, int]], known: Mapping[str, str], choices: Choices
+) -> tuple[str, list[Edit]] | None:
+    """What makes a statement of a phrase: words put before it ("The picture shows"), or a verb within; null where
+    nothing does."""
+    if not text.mentions:
+        return None
+    first, group = text.mentions[0], _group(text)
+    several = group in _PLURAL_GROUPS if group else first.several
+    if not first.head or (first.start != 0 and (group is None or first.start != 3)):
+        return None
+    after = text.low[first.end] if first.end < len(text.low) else ""
+    determined = several or group is not None or first.number is not None or text.low[0] in ("the", "some")
+    if determined and after in nouns.PARTICIPLES:
+        return "", [(where[first.end][0], where[first.end][0], "are " if several else "is ")]
+    if known and after == "with" and first.form.key in nouns.ROOMS and first.form.key in known:
+        return "", [(*where[first.end], "has")]
+    if determined and after in _WITH and not known:
+        return choices.of(SHOWS) + " ", []
+    return None
+
+
+def _mentioned_again(
+    facts: Facts, text: Text, where: Sequence[tuple[int, int]], known: Mapping[str, str]
+) -> list[tuple[int, int]] | None:
+    """Where the articles are of things mentioned before; null where it is not sure that the same ones are meant."""
+    first = text.mentions[0] if text.mentions else None
     if first is not None and first.start == 0 and not first.head and first.form.key in known:
         return None  # "A fire hydrant sprays": another one?
-    for mention in text.mentions if known else ():
+    found = []
+    for mention in text.mentions:
         key = key_of(facts, mention) or mention.form.key
         if key not in known or not mention.head:
             continue
@@ -158,19 +198,8 @@ def tell(
             continue
         if thing is None or not (thing.sole or key in nouns.ROOMS or key in nouns.OUTDOORS):
             return None
-        start, end = where[mention.start]
-        edits.append((start, end, "The" if start == 0 and not shown else "the"))
-    if shown and not any(edit[0] == 0 for edit in edits):
-        edits.append((0, 1, said[0].lower()))
-    for mention in text.mentions if link else ():
-        boxes = linked(facts, mention)
-        if boxes:
-            start, end = where[mention.start][0], where[mention.end - 1][1]
-            edits.append((start, start, "["))
-            edits.append((end, end, f"](box:{','.join(map(str, boxes))})"))
-    for left, right, words in sorted(edits, key=lambda edit: (edit[0], edit[1] > edit[0]), reverse=True):
-        said = said[:left] + words + said[right:]
-    return shown + said
+        found.append(where[mention.start])
+    return found
 
 
 def deeds(facts: Facts, thing: Thing) -> list[Deed]:

@@ -156,38 +156,8 @@ def judge(thing: Thing, context: Context, things: Mapping[str, Thing]) -> None:
     thing.several = any(mention.several for mention in thing.mentions) or bool(stated)
     # "A man and a woman", "a man ... another man": as many as there are phrases in one text
     named = max((_persons(found) for found in by_text.values()), default=0)
-    key = nouns.canonical(thing.key)
-    rivals = [other for other in things.values() if other is not thing and nouns.canonical(other.key) == key]
-    count = len(thing.boxes)
-    if count:
-        detected = any(boxes[place].score is not None for place in thing.boxes)
-        sure = (
-            thing.key not in context.crowded
-            and key not in context.crowded
-            and thing.noun.counts
-            and count <= (MOST if thing.several else FEW)
-            and not rivals
-            and not any(
-                other.boxes and other is not thing and nouns.includes(key, other.key) for other in things.values()
-            )
-            and not (detected and _doubled([boxes[place] for place in thing.boxes]))
-        )
-        if not nouns.described(thing.key).plain:
-            pass  # "two red circles" in a text is about several labels: the label itself is exact
-        elif count == 1:
-            sure = sure and not thing.several and named <= 1
-        else:
-            sure = sure and stated <= {count} and named <= count
-            sure = sure and (not thing.mentions or thing.several or named == count)
-        if detected:
-            told = named == count and not any(mention.several and not mention.stated for mention in thing.mentions)
-            sure = sure and bool(thing.mentions) and (count == 1 or count in stated or told)
-        if sure:
-            thing.count = count
-        thing.sole = count == 1 and (sure or (not thing.noun.counts and not rivals and not thing.several))
-        thing.sole = thing.sole and thing.key not in context.crowded
-        if thing.sole:
-            thing.box = boxes[thing.boxes[0]]
+    if thing.boxes:
+        _count_boxes(thing, context, things, stated, named)
     else:
         numbers = {mention.number for mention in thing.mentions if mention.number is not None}
         plain = any(mention.stated and not mention.adjectives and not mention.digits for mention in thing.told)
@@ -203,6 +173,50 @@ def judge(thing: Thing, context: Context, things: Mapping[str, Thing]) -> None:
     }
     if len(materials) == 1:
         thing.material = next(iter(materials))
+
+
+def _count_boxes(thing: Thing, context: Context, things: Mapping[str, Thing], stated: set[int], named: int) -> None:
+    """Fills in the count of what has boxes, and whether it is the one.
+
+    Args:
+        thing: with its boxes and mentions.
+        context: what the image is known by.
+        things: all things of the image.
+        stated: numbers that texts give.
+        named: how many one text names apart from each other, at most.
+    """
+    boxes = [context.boxes[place] for place in thing.boxes]
+    count = len(boxes)
+    key = nouns.canonical(thing.key)
+    others = [other for other in things.values() if other is not thing]
+    rivals = any(nouns.canonical(other.key) == key for other in others)
+    detected = any(box.score is not None for box in boxes)
+    crowded = thing.key in context.crowded
+    sure = (
+        not crowded
+        and key not in context.crowded
+        and thing.noun.counts
+        and count <= (MOST if thing.several else FEW)
+        and not rivals
+        and not any(other.boxes and nouns.includes(key, other.key) for other in others)
+        and not (detected and _doubled(boxes))
+    )
+    if not nouns.described(thing.key).plain:
+        pass  # "two red circles" in a text is about several labels: the label itself is exact
+    elif count == 1:
+        sure = sure and not thing.several and named <= 1
+    else:
+        sure = sure and stated <= {count} and named <= count
+        sure = sure and (not thing.mentions or thing.several or named == count)
+    if detected:
+        told = named == count and not any(mention.several and not mention.stated for mention in thing.mentions)
+        sure = sure and bool(thing.mentions) and (count == 1 or count in stated or told)
+    if sure:
+        thing.count = count
+    uncounted = not thing.noun.counts and not rivals and not thing.several
+    if count == 1 and not crowded and (sure or uncounted):
+        thing.sole = True
+        thing.box = boxes[0]
 
 
 def _persons(mentions: Sequence[Mention]) -> int:
