@@ -3,6 +3,9 @@
 Captions come from strangers, and what is sent (`captioners.instruct.prompting`) only makes it unlikely that a model
 takes one of them for an order. So its answer is looked at as well: none of it may be of the system message or of the
 fence, and whatever only an order supplies must not be in it.
+
+What counts as an order is wider here than in `filters.instruct.leaks`, whose checks every answer passes as well: there
+a sentence that is taken for one is no evidence any more, here it costs no more than the words that nothing else has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Instructions inside texts (prompt injection), and answers that obey them or speak of their own instructions."""
+"""Instructions inside texts (prompt injection), and answers that obey them or speak of their own instructions.
+
+These patterns are narrow, since sentences that they match are no evidence any more: no title or caption may be taken
+for a demand. What a model answers is searched with wider ones, too (`captioners.instruct.leaks`).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,7 @@ _OVERRIDE = re.compile(
 _START = r"(?:\A|[.!?\n\])}>]\s*)[\"'\u201c\u2018\[({<*#-]*"
 _VERB = (
     r"(?:say|print|reply|output|respond|write|answer|repeat|include|begin|start|end|finish|mention|append|add|return"
-    r"|type|"
-    r"insert|tell|state|reveal|echo|recommend|claim|describe|call|use)"
+    r"|type|insert|tell|state|reveal|echo|recommend|claim|describe|call|use)"
 )
 _DEMAND = re.compile(
     r"(?:\A|[.!?:;,\n\])}>\u2014-]\s*|\b(?:and|then|please|must|should|instead|just|only|always|you|to)\s+)"
@@ -32,8 +35,7 @@ _FIRST = re.compile(
     _START + r"(?:please\s+|now\s+|instead\s*,?\s+|always\s+|then\s+|only\s+)*(?:"
     r"(?:reply|respond|append|reveal|ignore|disregard)\b(?!\s+of\b)"
     r"|(?:answer|begin|start|end|finish)\s+(?:only\s+|just\s+)?(?:with\s+(?:the\s+(?:words?|phrase|sentence)"
-    r"|[\"'\u201c\u2018]|"
-    r"(?-i:[A-Z]{3,}))|your|each|every|all\s+(?:answers|replies|turns|sentences))"
+    r"|[\"'\u201c\u2018]|(?-i:[A-Z]{3,}))|your|each|every|all\s+(?:answers|replies|turns|sentences))"
     r"|" + _VERB + r"\s+(?:only\b|exactly\b|just\b|that\b|me\b|us\b|your\b|the\s+(?:words?|phrases?|sentences?|"
     r"following|users?|readers?|answer|system|reply)\b|this\s+(?:sentence|phrase|word|exact)|[\"'\u201c\u2018])"
     r"|(?:say|print|reply|output|respond|write|answer|repeat|echo)\s*:"
@@ -61,9 +63,8 @@ _MANNER = re.compile(
 _SHOUTED = re.compile(r"\b[A-Z]{4,}\b")
 _OWN = re.compile(
     r"\b(?:system prompt|system message|(?:my|these|the|your) (?:previous |prior |own )?instructions? (?:say|said|tell"
-    r"|told|"
-    r"are|were|is)|ignor(?:e|ing) (?:all |any |the |my )?(?:previous|prior|above|earlier) (?:instructions?|prompts?|"
-    r"directions?)|i (?:was|am|have been|'?m) (?:instructed|told|asked|programmed|prompted|supposed) to|"
+    r"|told|are|were|is)|ignor(?:e|ing) (?:all |any |the |my )?(?:previous|prior|above|earlier) (?:instructions?"
+    r"|prompts?|directions?)|i (?:was|am|have been|'?m) (?:instructed|told|asked|programmed|prompted|supposed) to|"
     r"as (?:instructed|requested|you (?:asked|requested|instructed))|prompt injection|jailbreak|few[- ]shot|"
     r"per (?:your|the) instructions|according to (?:my|your|the) (?:instructions?|prompt|guidelines)|"
     r"(?:my|your) (?:training data|guidelines|prompt)|instructions? (?:above|below|i was given))\b",
@@ -77,14 +78,14 @@ _SMALL = words_of(
 )
 
 
-def is_demand(sentence: str) -> bool:
-    """Whether a sentence of a text tells its reader what to do or to write."""
-    return bool(_OVERRIDE.search(sentence) or _ADDRESS.search(sentence) or _FIRST.search(sentence))
+def is_demand(text: str) -> bool:
+    """Whether a text, or any sentence of it, tells its reader what to do or to write."""
+    return bool(_OVERRIDE.search(text) or _ADDRESS.search(text) or _FIRST.search(text))
 
 
 def without_demands(text: str) -> str:
     """The text without the sentences that tell its reader what to write; the text itself where there is none."""
-    if not (_OVERRIDE.search(text) or _ADDRESS.search(text) or _FIRST.search(text)):
+    if not is_demand(text):
         return text
     kept, armed = [], False
     for sentence in _SENTENCE.split(text):
@@ -106,18 +107,13 @@ def _before_demand(sentence: str) -> str:
 
 def demands(text: str) -> list[str]:
     """What a text asks its reader to write, word for word, and the first and loudest parts of it."""
-    if not is_demand_text(text):
+    if not is_demand(text):
         return []
     found = []
     for match in _DEMAND.finditer(text):
         what = match["what"].strip(" \"'\u201c\u201d\u2018\u2019.")
         found += [what, _MANNER.split(what)[0], *_SHOUTED.findall(what)]
     return list(dict.fromkeys(found))
-
-
-def is_demand_text(text: str) -> bool:
-    """Whether any sentence of the text is a demand."""
-    return bool(_OVERRIDE.search(text) or _ADDRESS.search(text) or _FIRST.search(text))
 
 
 def own_instructions(answer: str) -> str | None:

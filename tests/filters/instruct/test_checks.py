@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.instruct import CHECKS, CHECKS_VERSION, check
-from filters.instruct.leaks import is_demand_text, without_demands
+from filters.instruct.leaks import is_demand, without_demands
 from filters.instruct.vocabulary import plural, vocabulary
 from pairmill.boxes import Box
 from pairmill.instructions import KINDS, Context, Turn
@@ -91,7 +91,7 @@ def test_texts_of_the_web_are_no_demands(text: str):
 def test_few_texts_of_real_pictures_are_demands():
     texts = {text for answer in planted() if answer.context.uid.isdigit() for text in answer.context.texts}
     assert len(texts) > 400
-    assert not [text for text in texts if is_demand_text(text)]
+    assert not [text for text in texts if is_demand(text)]
 
 
 def test_own_instructions_are_not_told():
