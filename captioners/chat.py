@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from captioners.completions import (
@@ -316,10 +316,10 @@ class _Live:
     ending: contextlib.AsyncExitStack
 
     def __init__(self, chat: PaidChat) -> None:
-        endpoint = chat.endpoint
+        workers = int(os.environ.get(WORKERS_ENV, "1"))
+        endpoint = replace(chat.endpoint, concurrency=math.ceil(chat.endpoint.concurrency / workers))
         self._chat = chat
         self.client = ChatClient(endpoint, chat.check_key(), WRITER_REASONS, _PROBE, tidy=chat_text)
-        workers = int(os.environ.get(WORKERS_ENV, "1"))
         self._requests = Pace(endpoint.requests_per_minute and endpoint.requests_per_minute / workers)
         self._stopped: ConfigError | StageFailed | None = None
         """What concerns every request, so that no further one is sent."""

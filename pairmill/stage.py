@@ -32,7 +32,7 @@ head of another width). They are no row's fault: `apply` lets them through."""
 
 
 WORKERS_ENV = "PAIRMILL_WORKERS"
-"""Environment variable: how many processes of this run work side by side, where there are several (local engine)."""
+"""Environment variable: how many processes of this run work side by side, where limits have to be shared."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Resources:
     actor: bool = False
     """Opening is costly (weights): keep the kernel in a long-lived worker."""
     workers: int | None = None
-    """Of an actor: so many at most on a cluster. A stage that waits for an endpoint keeps one busy with many requests,
-    and one worker keeps to limits that are the whole run's."""
+    """Of an actor: so many on a cluster, and no more. A stage that waits for an endpoint keeps few of them busy with
+    many requests, and each takes its part (`WORKERS_ENV`) of limits that are the whole run's."""
 
 
 class PixelCache:

@@ -287,7 +287,7 @@ class InstructWriter(Section):
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(1000, gt=0, description="of an answer")
     answers: int = Field(2, gt=0, description="answers asked for, until one passes the checks")
-    concurrency: int = Field(200, gt=0, description="open requests a worker")
+    concurrency: int = Field(200, gt=0, description="open requests of the whole run")
     requests_per_minute: int | None = Field(None, gt=0, description="of the whole run; null: no limit")
     tokens_per_minute: int | None = Field(None, gt=0, description="prompt and answer, of the whole run")
     timeout_s: float = Field(120, gt=0, description="total deadline of one request")

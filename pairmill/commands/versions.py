@@ -50,11 +50,12 @@ def status(dataset: DatasetUrl, snapshot: SnapshotId = None, as_json: AsJson = F
     opened = Dataset(dataset)
     shot = opened.snapshot(snapshot)
     record = shot.record
+    counts = instruction_counts(shot)
     if as_json:
-        print_json({**record_json(record), "instructions": instruction_counts(shot)})
+        print_json({**record_json(record), **({"instructions": counts} if counts else {})})
         return
     print_snapshot(dataset, record)
-    print_instructions(instruction_counts(shot))
+    print_instructions(counts)
     _print_making(record, next((r for r in reversed(opened.snapshots()) if r.id < record.id), None))
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
+from pairmill.stage import WORKERS_ENV
 from schemas.config import Engine as EngineConfig
 
 if TYPE_CHECKING:
@@ -227,10 +228,11 @@ def _add_group(stream: Dataset, job: Job, index: int, pool: Pool, wanted: Sequen
     if pool.gpus:
         common["num_gpus"] = pool.gpus
     if pool.workers:
+        fixed = job.groups[index].resources.workers is not None  # they share limits, so each has to know how many
         return stream.map_batches(
             _GroupActor,
-            fn_constructor_args=(job, index, wanted),
-            compute=ActorPoolStrategy(min_size=1, max_size=pool.workers),
+            fn_constructor_args=(job, index, wanted, pool.workers if fixed else None),
+            compute=ActorPoolStrategy(min_size=pool.workers if fixed else 1, max_size=pool.workers),
             max_restarts=WORKER_RETRIES,
             max_task_retries=WORKER_RETRIES,
             **common,
@@ -241,7 +243,9 @@ def _add_group(stream: Dataset, job: Job, index: int, pool: Pool, wanted: Sequen
 class _GroupActor:
     """A long-lived worker of one group: keeps its kernels (weights) between units."""
 
-    def __init__(self, job: Job, group: int, wanted: Sequence[int]) -> None:
+    def __init__(self, job: Job, group: int, wanted: Sequence[int], workers: int | None) -> None:
+        if workers is not None:
+            os.environ[WORKERS_ENV] = str(workers)
         self._worker = Worker(job, group)
         self._worker.warm(wanted)
 
