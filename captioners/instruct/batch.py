@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from captioners.chat import SECTION, WRITER_REASONS, NoAnswer, PaidChat, model_identity, told
 from captioners.completions import ChatClient, Endpoint, Failed, Probe, Rejected, api_key, chat_text, check_base_url
@@ -65,6 +65,8 @@ MAX_FILE_BYTES = 190 * 2**20
 class BatchWriter:
     """Leaves requests for `submit`, and makes conversations of the answers that `collect` brought. Its identity is that
     of the endpoint's writer: where and how a model is asked does not matter."""
+
+    judges: ClassVar[bool] = True
 
     questions: Questions
     dataset: str = field(compare=False)

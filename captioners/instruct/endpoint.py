@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from captioners.chat import NoAnswer, PaidChat, model_identity
 from captioners.completions import ChatRequest, gather_all
@@ -197,6 +197,8 @@ def answer_seed(seed: int, uid: str, kind: str, number: int) -> int:
 class EndpointWriter:
     """Asks an endpoint while the stage runs. Not part of its identity: where the model is (``base_url``), how fast it
     is asked, the price and the budget."""
+
+    judges: ClassVar[bool] = True
 
     questions: Questions
     chat: PaidChat = field(compare=False)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,7 +28,10 @@ Write = Callable[[Sequence[Task]], list[Instruction]]
 
 
 class Writer(Protocol):
-    """Who writes conversations: plain data with an identity, which a worker opens."""
+    """Who writes conversations: plain data with an identity, which a worker opens. One that asks for another answer
+    when the checks find fault with one (``judges``) has its conversations judged already."""
+
+    judges: ClassVar[bool]
 
     @property
     def resources(self) -> Resources:
@@ -116,7 +119,8 @@ class Instructions(Stage):
             uids = batch.pylist(fields.UID.name)
             tasks = [self._tasks(uid, row) for uid, row in zip(uids, rows, strict=True)]
             written = iter(write([task for of_row in tasks for task in of_row]))
-            found = [[judged(next(written), task) for task in of_row] for of_row in tasks]
+            believe = self.writer.judges
+            found = [[next(written) if believe else judged(next(written), task) for task in r] for r in tasks]
             outcomes = [[{"kind": i.kind, "reason": i.reason} for i in of_row] for of_row in found]
             ranks = [row.get(fields.TEXT_RANKS.name) for row in rows]
             return pa.table(
@@ -250,7 +254,7 @@ def takes_part(seed: int, uid: str, kind: str, share: float) -> bool:
 
 
 def judged(written: Instruction, task: Task) -> Instruction:
-    """What a writer wrote, or why it is not stored: no writer is believed."""
+    """What a writer wrote, or why it is not stored."""
     if written.reason is not None:
         return written
     findings = check(written.turns, written.boxes, task.kind, task.context)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from captioners.instruct.offline import nouns
 from captioners.instruct.offline.facts import Facts
-from captioners.instruct.offline.nouns import words_of
 from captioners.instruct.offline.things import Thing
+from filters.instruct.words import words_of
 
 
 class Picture:

@@ -17,12 +17,7 @@ from functools import lru_cache
 
 from filters.instruct.vocabulary import plural as regular_plural
 from filters.instruct.vocabulary import vocabulary
-
-
-def words_of(listed: str) -> frozenset[str]:
-    """The words of a list written with spaces."""
-    return frozenset(listed.split())
-
+from filters.instruct.words import words_of
 
 NUMBERS: Mapping[str, int] = {
     "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
@@ -295,9 +290,9 @@ OBJECTS: frozenset[str] = words_of(
 )
 ROOMS: frozenset[str] = frozenset({"kitchen", "bathroom", "bedroom", "living room", "office", "classroom"})
 OUTDOORS: frozenset[str] = words_of(
-    """street beach field park road sidewalk forest woods mountain hill slope ocean lake river sky parking/lot garden
-    yard pasture meadow savannah farm hillside shore skatepark"""
-)
+    """street beach field park road sidewalk forest woods mountain hill slope ocean lake river sky garden yard pasture
+    meadow savannah farm hillside shore skatepark"""
+) | {"parking lot"}
 UNREAL: frozenset[str] = words_of(
     """toy toys miniature diorama lego cartoon animated cgi drawing painting illustration poster statue sculpture doll
     digital reflection mirror mirrors reflected screen rendering vector render clipart sketch logo"""
@@ -357,7 +352,7 @@ def lexicon() -> Lexicon:
         add(label, label)
         for word in _words(listed):
             add(word, label)
-    for word in sorted(OBJECTS | CLOTHES | ROOMS | {place.replace("/", " ") for place in OUTDOORS}):
+    for word in sorted(OBJECTS | CLOTHES | ROOMS | OUTDOORS):
         if word not in keys:
             add(word, word)
     book = vocabulary()

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from captioners.instruct.offline import nouns
-from captioners.instruct.offline.nouns import words_of
 from captioners.instruct.offline.texts import Mention, Text
 from captioners.instruct.offline.things import Thing
+from filters.instruct.words import words_of
 from pairmill.instructions import Context
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from captioners.instruct.offline import nouns
 from captioners.instruct.offline.facts import Facts
-from captioners.instruct.offline.nouns import words_of
+from filters.instruct.words import words_of
 
 _OUTDOORS = frozenset(word.replace("/", " ") for word in nouns.OUTDOORS) - {"river", "lake", "ocean", "sky", "mountain"}
 PLACES = words_of("beach park forest woods garden farm meadow street") | {"parking lot"}

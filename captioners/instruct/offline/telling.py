@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from captioners.instruct.offline import nouns
 from captioners.instruct.offline.facts import Facts
-from captioners.instruct.offline.nouns import words_of
 from captioners.instruct.offline.phrases import SHOWS, Choices
 from captioners.instruct.offline.texts import Mention, Text
 from captioners.instruct.offline.things import Thing
+from filters.instruct.words import words_of
 
 _FINITE = words_of(
     """is are was were has have do does appears seems gets sits stands lies lays walks rides runs holds eats drinks

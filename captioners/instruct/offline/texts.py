@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from captioners.instruct.offline import nouns
-from captioners.instruct.offline.nouns import Form, words_of
+from captioners.instruct.offline.nouns import Form
+from filters.instruct.words import words_of
 
 _TOKEN = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*|\d+(?:[.,:/]\d+)*|[^\sA-Za-z\d]")
 """A word, a number, or a sign."""

@@ -41,6 +41,7 @@ class OfflineWriter:
     seed: int = 0
     version: ClassVar[int] = 1
     """Raised when it writes otherwise for the same tasks."""
+    judges: ClassVar[bool] = False
 
     @classmethod
     def of(cls, config: RunConfig) -> OfflineWriter:
