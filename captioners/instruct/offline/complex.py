@@ -196,7 +196,7 @@ class Complex(Composer):
             lack = people - things
             rest = f"so {number(lack)} would go without"
             return question, f"No. There are {self.exactly(person)}, but {there}, {rest}."
-        rest = "exactly one for each" if things == people else "more than one for each"
+        rest = "exactly one for each" if things == people else "one for each, and more"
         return question, f"Yes. There are {self.exactly(person)}, and {there}: {rest}."
 
     def why_order(self, triple: tuple[Thing, Thing, Thing]) -> Pair:

@@ -34,7 +34,7 @@ from functools import lru_cache
 from captioners.instruct.offline import nouns
 from captioners.instruct.offline import texts as reading
 from captioners.instruct.offline.nouns import Form
-from captioners.instruct.offline.quotable import quotable
+from captioners.instruct.offline.quotable import mistaken, quotable
 from captioners.instruct.offline.texts import Mention, Text
 from captioners.instruct.offline.things import Thing, judge
 from pairmill.boxes import Box
@@ -93,7 +93,7 @@ def read(context: Context) -> Facts:
             if mention.head and mention.form.same and key not in known and key not in things:
                 loose.setdefault(key, []).append(mention)
     for key, mentions in loose.items():
-        if key in looked_for or key in context.crowded:
+        if key in looked_for or key in context.crowded or mistaken(key, texts, things):
             continue
         thing = _thing(key, context)
         thing.mentions = mentions

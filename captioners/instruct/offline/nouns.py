@@ -155,6 +155,8 @@ FRUIT = frozenset({"banana", "apple", "orange"})
 CUTLERY = frozenset({"fork", "knife", "spoon"})
 CLASSES: tuple[frozenset[str], ...] = (ANIMALS, VEHICLES, FURNITURE, FRUIT, CUTLERY)
 """Labels that one would compare with each other."""
+MISTAKEN: tuple[frozenset[str], ...] = (ANIMALS, VEHICLES, FRUIT)
+"""Labels that one takes for each other: who says giraffes where all others see zebras is wrong."""
 
 NAMES: Mapping[str, str] = {
     "tv": "TV", "dining table": "table", "sports ball": "ball", "hair drier": "hair dryer", "remote": "remote control",

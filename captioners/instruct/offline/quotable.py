@@ -46,17 +46,31 @@ def quotable(context: Context, texts: Sequence[Text], things: Mapping[str, Thing
     return tuple(place for _, place in sorted(scored))
 
 
+def mistaken(key: str, texts: Sequence[Text], things: Mapping[str, Thing]) -> bool:
+    """Whether a thing without boxes that one text alone names, of three or more, is probably another one, which has
+    boxes."""
+    naming = {place for place, text in enumerate(texts) for mention in text.mentions if mention.form.key == key}
+    boxed = {nouns.canonical(other) for other, thing in things.items() if thing.boxes}
+    return (
+        len(texts) > 2
+        and len(naming) == 1
+        and any(key in alike and not alike.isdisjoint(boxed) for alike in nouns.MISTAKEN)
+    )
+
+
 def _doubted(context: Context, texts: Sequence[Text], things: Mapping[str, Thing]) -> set[str]:
-    """Looked-for labels that have no box and that only one text names, or in whose place a like thing has one."""
+    """Looked-for labels that have no box and that only one text names, or in whose place a like thing has one; and what
+    is probably mistaken for another thing."""
     looked_for = frozenset(context.labels).difference(things)
     times: Counter[str] = Counter()
     for text in texts:
         times.update({mention.form.key for mention in text.mentions if mention.head and mention.form.key in looked_for})
+    named = {mention.form.key for text in texts for mention in text.mentions if mention.head}
     return {
         key
         for key, number in times.items()
         if number == 1 or any(key in alike and not alike.isdisjoint(things) for alike in nouns.CLASSES)
-    }
+    } | {key for key in named.difference(things) if mistaken(key, texts, things)}
 
 
 def _outvoted(texts: Sequence[Text]) -> set[int]:

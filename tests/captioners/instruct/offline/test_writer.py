@@ -470,3 +470,24 @@ GOLDEN = {
         "[A dog](box:1) is laying on [a couch](box:2) next to [a cat](box:0).",
     ],
 }
+
+
+def test_an_animal_that_one_text_alone_sees_is_another_one():
+    texts = (
+        "Two zebras are grazing in a field.",
+        "A couple of zebras standing in the grass.",
+        "The giraffes are eating grass in a green field.",
+        "Two zebras walk through a grassy field.",
+    )
+    zebras = (dog(50, 200, "zebra"), dog(400, 200, "zebra"))
+    assert "giraffe" not in all_said(picture(*texts, boxes=zebras))
+    assert "zebra" in all_said(picture(*texts, boxes=zebras))
+    assert "giraffe" in all_said(picture(*texts[:2], texts[2], texts[2].replace("eating", "chewing"), boxes=zebras))
+    assert "giraffe" in all_said(picture(*texts, boxes=())), "without boxes nothing speaks against it"
+
+
+def test_more_things_than_people_are_not_several_for_each():
+    people = tuple(dog(100 * n, 50, "person", 80) for n in range(3))
+    bananas = tuple(dog(100 * n, 300, "banana", 60) for n in range(4))
+    said = all_said(picture("Three people hold four bananas.", boxes=(*people, *bananas)), 200)
+    assert "one for each, and more" in said
