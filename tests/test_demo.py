@@ -190,6 +190,9 @@ def test_conversations_are_shown_with_their_boxes(tmp_path: Path):
     scale = 250 / 320
     left, top, right, bottom = (14 + scale * edge for edge in star)
     ys, xs = np.nonzero(frame[:, : 14 + 200])
-    assert (xs.min(), xs.max()) == pytest.approx((left, right), abs=3)
-    assert (ys.min(), ys.max()) == pytest.approx((top - 16, bottom), abs=3)
+    around = 3  # the frame stands outside of the box, so that it hides nothing of what is in it
+    assert (xs.min(), xs.max()) == pytest.approx((left - around, right + around), abs=1.5)
+    assert (ys.min(), ys.max()) == pytest.approx((top - 16, bottom + around), abs=1.5)
+    edge = pixels[int(top) + 3 : int(bottom) - 1, int(left) + 1 : int(left) + 4]
+    assert not (np.abs(edge - (200, 30, 30)).max(axis=2) < 5).any()
     assert frame[:, 14 + 250 : 690].any() and not frame[:, 690:].any()
