@@ -10,6 +10,7 @@ import posixpath
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -92,7 +93,7 @@ class Spending:
         return json.dumps(asdict(self), sort_keys=True).encode()
 
 
-class Place:
+class Place(ABC):
     """Where the journal of a dataset lies."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -130,13 +131,13 @@ class Place:
         except FileNotFoundError:
             return None
 
+    @abstractmethod
     def change(self, change: Callable[[Spending], Result]) -> Result:
         """Change the spending, alone; `change` may be called again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def alive(self, session: str, share: Share | None) -> bool | None:
         """Whether the process of a session lives; None where that cannot be told."""
-        raise NotImplementedError
 
     def made(self) -> Spending:
         """The spending where there is no file of it: from what is stored. Lines that are in the table too count twice

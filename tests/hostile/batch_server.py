@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 
-ADDRESS = "127.0.0.1"
+from tests.hostile.loopback import LoopbackServer
+
 PAGE = 2
 """Entries of a page of a list, whatever is asked for."""
 
@@ -38,10 +37,11 @@ class Remote:
         return {**vars(self), "object": "batch", "endpoint": "/v1/chat/completions", "errors": errors}
 
 
-class BatchServer:
+class BatchServer(LoopbackServer):
     """Keeps what was uploaded and created, and how often each path was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.files: dict[str, tuple[str, bytes]] = {}
         """Name and bytes, by id."""
         self.batches: dict[str, Remote] = {}
@@ -49,23 +49,6 @@ class BatchServer:
         self.headers: list[dict[str, str]] = []
         self.fault: Fault = lambda method, path: None
         self.lists = True
-        self.port = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._ready = threading.Event()
-
-    def __enter__(self) -> BatchServer:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
-
-    @property
-    def base_url(self) -> str:
-        return f"http://{ADDRESS}:{self.port}/v1"
 
     # -- what a test does --
 
@@ -110,24 +93,6 @@ class BatchServer:
         return name_id
 
     # -- the server --
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        self._stop = asyncio.Event()
-        app = web.Application(client_max_size=2**26)
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, ADDRESS, 0)
-        await site.start()
-        self.port = runner.addresses[0][1]
-        self._ready.set()
-        await self._stop.wait()
-        await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.asked.append((request.method, request.path))

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-ADDRESS = "127.0.0.1"
+from tests.hostile.loopback import LoopbackServer
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -37,49 +37,18 @@ class Asked:
         return base64.b64decode(data)
 
 
-class EndpointServer:
+class EndpointServer(LoopbackServer):
     """Answers each POST with what `choose` says of it. Keeps all requests, and how many were open at a time."""
 
+    method = "POST"
+    cancels = True
+
     def __init__(self, choose: Callable[[Asked], Answer]) -> None:
+        super().__init__()
         self.choose = choose
         self.requests: list[Asked] = []
         self.peak = 0
         self._open = 0
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._ready = threading.Event()
-        self.port = 0
-
-    def __enter__(self) -> EndpointServer:
-        self._thread.start()
-        assert self._ready.wait(10)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
-
-    @property
-    def base_url(self) -> str:
-        return f"http://{ADDRESS}:{self.port}/v1"
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._serve())
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        self._stop = asyncio.Event()
-        app = web.Application(client_max_size=2**26)
-        app.router.add_post("/{path:.*}", self._handle)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-        await runner.setup()
-        site = web.TCPSite(runner, ADDRESS, 0)
-        await site.start()
-        self.port = runner.addresses[0][1]
-        self._ready.set()
-        await self._stop.wait()
-        await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self._open += 1
