@@ -397,6 +397,7 @@ def _print_run(dataset: str, report: RunReport) -> None:
         typer.echo("The sources hold no rows: nothing was done.")
         return
     from pairmill.query import instruction_counts
+    from pairmill.spent import in_words
     from pairmill.store import Dataset
 
     versions.print_snapshot(dataset, report.snapshot)
@@ -408,6 +409,8 @@ def _print_run(dataset: str, report: RunReport) -> None:
         f"\n{published} snapshot {report.snapshot.id} in {report.seconds:,.1f} s; {report.admitted_new:,} new pairs, "
         f"{report.known:,} known, {report.repeated:,} repeated; rows computed: {computed}"
     )
+    if report.computed:
+        typer.echo(f"time: {in_words(report.spent)}")
 
 
 def _print_demo(out: Path, metrics: Mapping[str, Any], examples: list[Example], talks: list[Talk]) -> None:

@@ -408,6 +408,12 @@ class Unit:
     """Rows dropped, by reason."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time in kernels, by stage."""
+    loading: float = 0.0
+    """Time that workers waited for kernels to open, seconds."""
+    storing: float = 0.0
+    """Time in reading and writing the store."""
+    busy: float = 0.0
+    """Time that workers had the unit, all of the above included."""
     errors: dict[str, list[Any]] = field(default_factory=dict)
     """By stage: rows seen, rows quarantined, first traceback."""
     failure: list[str] | None = None
@@ -512,6 +518,7 @@ class Worker:
 
     def run(self, unit: Unit) -> Unit:
         """Run the group over a shard: compute what is lacking, write it, and return the unit with its new files."""
+        begin = time.perf_counter()
         plan = self.job.plan
         files = {table: [DataFile(**f) for f in found] for table, found in unit.files.items()}
         frame = Frame(self._dataset, plan, files)
@@ -528,6 +535,7 @@ class Worker:
                     frame.adopt(planned.table, file)
                     outputs.append({"table": planned.table, **asdict(file)})
         walk = _Walk(self.job, self._group, frame, live, self._kernel, self._pixels, self._care, self._taken_down)
+        walk.storing = time.perf_counter() - begin
         with contextlib.ExitStack() as stack:
             writers: dict[int, ShardWriter] = {}
 
@@ -540,9 +548,11 @@ class Worker:
                 writers[planned.index].write(rows)
 
             walk.run(write)
+            closing = time.perf_counter()
             for planned in self._group.steps:
                 if planned.index in writers:
                     outputs.append({"table": planned.table, **asdict(writers[planned.index].close())})
+            walk.storing += time.perf_counter() - closing
         merged = {table: [asdict(f) for f in found] for table, found in files.items()}
         for output in outputs[len(unit.outputs) :]:
             new = {k: v for k, v in output.items() if k != "table"}
@@ -555,6 +565,9 @@ class Worker:
             computed={**unit.computed, **walk.computed},
             dropped=dict(Counter(unit.dropped) + walk.dropped),
             seconds={**unit.seconds, **walk.seconds},
+            loading=unit.loading + walk.loading,
+            storing=unit.storing + walk.storing,
+            busy=unit.busy + time.perf_counter() - begin,
             errors={**unit.errors, **walk.errors},
         )
 
@@ -606,6 +619,8 @@ class _Walk:
         self.computed: dict[str, int] = {}
         self.dropped: Counter[str] = Counter()
         self.seconds: dict[str, float] = {}
+        self.loading = 0.0
+        self.storing = 0.0
         self.errors: dict[str, list[Any]] = {}
         self._budgets: dict[str, ErrorBudget] = {}
 
@@ -640,14 +655,19 @@ class _Walk:
         budget = self._budgets.setdefault(
             stage.name, ErrorBudget(self._job.max_error_fraction, self._job.min_error_rows, shard_rows)
         )
-        kernel = self._kernel(planned)
         begin = time.perf_counter()
+        kernel = self._kernel(planned)
+        opened = time.perf_counter()
         batch = Batch(self._frame.table(stage.reads, lacking), self._pixels)
+        read = time.perf_counter()
         output = self._taken_down(self._apply(stage, kernel, batch, budget))
-        self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + time.perf_counter() - begin
+        computed = time.perf_counter()
         self.computed[stage.name] = self.computed.get(stage.name, 0) + len(lacking)
         self._frame.part(planned.table).append(lacking, output)
         write(planned, output)
+        self.loading += opened - begin
+        self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + computed - read
+        self.storing += read - opened + time.perf_counter() - computed
 
     def _apply(self, stage: Stage, kernel: Kernel, batch: Batch, budget: ErrorBudget) -> pa.Table:
         if self._care is None:

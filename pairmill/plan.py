@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from pairmill.errors import PlanError
+from pairmill.errors import ConfigError, PlanError
 from pairmill.stage import GlobalStage, GlobalVerdict, Resources, Stage, Step, Verdict
 from pairmill.store import LEDGER_TABLE, PAIRS_TABLE
 from schemas import fields
-from schemas.config import Section
+from schemas.config import Placement, Section
 
 Kind = Literal["stage", "verdict", "global stage", "global verdict"]
 
@@ -135,6 +136,30 @@ def compile_plan(recipe: Recipe) -> Plan:
     return Plan(recipe.name, tuple(planned), _cut(planned), columns)
 
 
+def placed(recipe: Recipe, placements: Mapping[str, Placement]) -> Recipe:
+    """The recipe with its stages placed as a config says (``engine.stages``).
+
+    Raises:
+        ConfigError: a stage that the recipe does not have.
+    """
+    names = [step.name for step in recipe.steps if isinstance(step, Stage)]
+    for name in placements:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"engine.stages: the recipe {recipe.name!r} has no stage {name!r} that is placed{hint} "
+                f"(there are: {', '.join(names)})"
+            )
+
+    def place(step: Step) -> Step:
+        if not isinstance(step, Stage) or step.name not in placements:
+            return step
+        return replace(step, resources=step.resources.placed(placements[step.name]))  # type: ignore[type-var]
+
+    return Recipe(recipe.name, tuple(map(place, recipe.steps)))
+
+
 def _kind(step: Step) -> Kind:
     kinds: tuple[tuple[type, Kind], ...] = (
         (Stage, "stage"),
@@ -228,8 +253,9 @@ def read_outcomes(step: Step) -> list[str]:
     return [column for column in step.reads if column in OUTCOMES]
 
 
-def _place(resources: Resources) -> tuple[float, float, int, int | None]:
-    return resources.cpus, resources.gpus, resources.rows, resources.workers
+def _place(resources: Resources) -> Resources:
+    """What must be equal for stages to share a worker: all but whether it keeps its kernels."""
+    return replace(resources, actor=False)
 
 
 def _group(resources: Resources, steps: list[PlannedStep]) -> Group:

@@ -9,7 +9,7 @@ import importlib.metadata
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +38,11 @@ from pairmill.execute import (
     units_to_do,
 )
 from pairmill.isolate import raise_failure
-from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan, model_identities
+from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan, model_identities, placed
 from pairmill.planning import PlanReport, make_plan
 from pairmill.report.progress import Reporter
-from pairmill.stage import ErrorBudget, GlobalStage
+from pairmill.spent import Spent
+from pairmill.stage import CellWork, ErrorBudget, GlobalStage
 from pairmill.store import (
     HISTORY_TABLE,
     LEDGER_TABLE,
@@ -94,6 +95,8 @@ class RunReport:
     stage_seconds: dict[str, float]
     """Time in kernels, summed over workers."""
     seconds: float
+    spent: dict[str, float]
+    """What that time went into, in seconds that add up to it (`pairmill.spent.Spent`)."""
 
 
 # -- config and recipe ------------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def load_recipe(config: RunConfig) -> Recipe:
     """The recipe that the config names: a file in pipelines/, or ``module:function``.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: there is no such recipe, or ``engine.stages`` places a stage that it does not have.
         PlanError: the function did not return a `Recipe`.
     """
     module, _, function = config.recipe.partition(":")
@@ -131,7 +134,7 @@ def load_recipe(config: RunConfig) -> Recipe:
         raise PlanError(
             f"recipe {config.recipe!r} returned {type(recipe).__name__}; it must return pairmill.plan.Recipe"
         )
-    return recipe
+    return placed(recipe, config.engine.stages)
 
 
 def recipe_names() -> list[str]:
@@ -199,12 +202,14 @@ class _Refresh:
     """Deferred pairs that this run tries again."""
     revised: set[str] = field(default_factory=set)
     """Stages whose outdated rows this run has taken out once: what it tries again, it tries once."""
+    spent: Spent = field(default_factory=Spent)
     _seen: tuple[Mapping[str, list[DataFile]], Frame] | None = None
 
     def run(self, retry_deferred: bool, revisit: str | None, read_sources: bool) -> RunReport:
         begin = time.monotonic()
         self._mend()
-        admission = admit(self.config, self.dataset, self.reporter) if read_sources else Admission()
+        with self.spent.on("admission"):
+            admission = admit(self.config, self.dataset, self.reporter) if read_sources else Admission()
         self._tell(admission)
         self._retry(retry_deferred)
         if len(self._frame()) == 0:
@@ -217,7 +222,8 @@ class _Refresh:
             state = self._up_to_date(engine)
         if state.pending.any():
             raise ContractError(f"{int(state.pending.sum())} rows are still pending after all steps ran")
-        snapshot, published = self._publish(self._frame(), state, begin)
+        with self.spent.on("publishing"):
+            snapshot, published = self._publish(self._frame(), state, begin)
         if takedown.finish(self.dataset, self.reporter):  # and what came in at the very last moment goes again
             snapshot, published = self.dataset.snapshots()[-1], True
         if batches is not None:
@@ -289,7 +295,8 @@ class _Refresh:
             admission.taken_down,
             dict(self.computed),
             {k: round(v, 3) for k, v in self.seconds.items()},
-            round(time.monotonic() - begin, 3),
+            seconds := round(time.monotonic() - begin, 3),
+            self.spent.parts(seconds),
         )
 
     def _tell(self, admission: Admission) -> None:
@@ -317,7 +324,7 @@ class _Refresh:
                 self._revise(planned)
             frame = self._frame()
             if segment.global_step is not None:
-                self._measure_globally(segment.global_step, frame)
+                self._measure_globally(engine, segment.global_step, frame)
                 continue
             units = list(units_to_do(self.plan, number, frame))
             if units:
@@ -344,22 +351,27 @@ class _Refresh:
         job = Job(self.dataset.url, plan, number, errors.max_fraction, errors.min_rows)
         shards = frame.pairs_column("shard").to_numpy()
         rows_of = dict(zip(*(a.tolist() for a in np.unique(shards, return_counts=True)), strict=True))
-        started = engine.get(self.reporter)
+        with self.spent.on("start"):
+            started = engine.get(self.reporter)
         self.reporter.start(plan.segments[number].title, sum(rows_of[u.shard] for u in units))
         done: list[Unit] = []
         began = committed = time.monotonic()
+        segment = self.spent.segment()
         try:
             for unit in started.run(job, units):
                 raise_failure(unit)
                 done.append(unit)
                 self._account(unit)
+                segment.add(unit)
                 self.reporter.advance(rows_of[unit.shard], unit.dropped)
                 if _commit_due(time.monotonic(), committed, began):
                     self._commit(plan, done)
                     committed = time.monotonic()
         finally:  # also on Ctrl-C and on a failure elsewhere: what is finished is kept
-            self._commit(plan, done)
-            answers.fold(self.dataset)
+            segment.finish(started.slots)
+            with self.spent.on("commits"):
+                self._commit(plan, done)
+                answers.fold(self.dataset)
             self.reporter.finish()
 
     def _commit(self, plan: Plan, units: list[Unit]) -> None:
@@ -385,7 +397,7 @@ class _Refresh:
             budget.first_traceback = budget.first_traceback or first
             budget.check(stage)
 
-    def _measure_globally(self, planned: PlannedStep, frame: Frame) -> None:
+    def _measure_globally(self, engine: _LazyEngine, planned: PlannedStep, frame: Frame) -> None:
         step = planned.step
         if not isinstance(step, GlobalStage):
             return
@@ -399,7 +411,11 @@ class _Refresh:
         self.reporter.start(planned.name, int(todo.sum()))
         begin = time.monotonic()
         live = frame.table(("shard", "refresh", *step.reads), rows)
-        output = step.measure(live, pa.array(todo))
+
+        def scatter(work: CellWork, parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+            yield from engine.get(self.reporter).scatter(work, parts)
+
+        output = step.measure(live, pa.array(todo), scatter)
         schema = table_schema(self.plan, planned.table)
         if output.num_rows != int(todo.sum()):
             raise ContractError(f"global stage {step.name!r} returned {output.num_rows} rows for {int(todo.sum())}")
@@ -410,6 +426,7 @@ class _Refresh:
         self._write_by_shard(planned.table, schema, result, chosen.column("shard").to_numpy(), "part")
         self.computed[step.name] += output.num_rows
         self.seconds[step.name] = time.monotonic() - begin
+        self.spent.add("stages", time.monotonic() - begin)
         self.reporter.advance(output.num_rows, {})
         self.reporter.finish()
 
@@ -490,7 +507,8 @@ class _Refresh:
             columns=self.plan.columns,
             models=model_identities(self.plan),
             software=_software(),
-            seconds=round(time.monotonic() - begin, 3),
+            seconds=(seconds := round(time.monotonic() - begin, 3)),
+            spent=self.spent.parts(seconds),
             computed=dict(self.computed),
             stage_seconds={k: round(v, 3) for k, v in self.seconds.items()},
             bytes=versions.table_bytes(self.dataset, tables),

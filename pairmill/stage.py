@@ -13,7 +13,7 @@ import io
 import json
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +25,8 @@ from schemas.reasons import Reason
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from schemas.config import Placement
 
 RUN_ERRORS = (NameError, AttributeError, ImportError, NotImplementedError, PairmillError)
 """Defects of the code, and what pairmill raises on purpose (`ConfigError` above all: a key that an endpoint refuses, a
@@ -41,6 +43,7 @@ class Resources:
 
     cpus: float = 1.0
     gpus: float = 0.0
+    """A fraction shares a GPU among workers."""
     rows: int = 256
     """Rows a kernel call. Stages with equal resources run in one worker and share decoded images."""
     actor: bool = False
@@ -48,6 +51,33 @@ class Resources:
     workers: int | None = None
     """Of an actor: so many on a cluster, and no more. A stage that waits for an endpoint keeps few of them busy with
     many requests, and each takes its part (`WORKERS_ENV`) of limits that are the whole run's."""
+    gpu_if_any: bool = False
+    """One GPU a worker where the cluster has GPUs, none where it has none; only where `gpus` is 0."""
+    memory: int | None = None
+    """Bytes of main memory that a cluster books for a worker."""
+    custom: tuple[tuple[str, float], ...] = ()
+    """A cluster's custom resources: name and amount."""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Labels of the nodes that a worker may run on: name and value."""
+    min_workers: int | None = None
+    """Of an actor: so many are kept, at least."""
+    max_workers: int | None = None
+    """Of an actor: so many at most; null: as many as fit."""
+
+    def placed(self, placement: Placement) -> Resources:
+        """These resources with what a config says of them."""
+        said: dict[str, Any] = {
+            name: value
+            for name in ("cpus", "gpus", "memory", "min_workers", "max_workers")
+            if (value := getattr(placement, name)) is not None
+        }
+        if "gpus" in said:
+            said["gpu_if_any"] = False
+        if placement.resources:
+            said["custom"] = tuple(sorted(placement.resources.items()))
+        if placement.labels:
+            said["labels"] = tuple(sorted(placement.labels.items()))
+        return dataclasses.replace(self, **said)
 
 
 class PixelCache:
@@ -180,6 +210,18 @@ class Stage(Step, ABC):
         raise NotImplementedError(f"{type(self).__qualname__} revises {self.revises}, so it must say what is outdated")
 
 
+CELL = "cell"
+"""The column by which `Scatter` groups rows: int64, not null."""
+
+CellWork = Callable[[pa.Table], pa.Table]
+"""What is done with all rows of one cell, in whatever order they come; picklable, and the same for equal rows. Its
+answer may be empty, but always has the same schema."""
+
+Scatter = Callable[[CellWork, Iterable[pa.Table]], Iterator[pa.Table]]
+"""Groups the rows of some tables of one schema by their column `CELL`, hands each group to the work as one table, and
+yields the answers in any order (`pairmill.engines.Engine.scatter`)."""
+
+
 class GlobalStage(Step, ABC):
     """A stage that must see all live rows at once, but only narrow columns of them, never pixels."""
 
@@ -189,9 +231,10 @@ class GlobalStage(Step, ABC):
         """The columns it produces, one row for each measured pair."""
 
     @abstractmethod
-    def measure(self, live: pa.Table, todo: pa.BooleanArray) -> pa.Table:
+    def measure(self, live: pa.Table, todo: pa.BooleanArray, scatter: Scatter) -> pa.Table:
         """Measure the rows marked in `todo` against all rows of `live` (``uid``, ``shard``, ``refresh`` and ``reads``,
-        sorted by uid). Returns ``writes`` for the marked rows, in their order."""
+        sorted by uid). Returns ``writes`` for the marked rows, in their order. Work that falls into cells goes through
+        `scatter`, which may send it to other machines and starts them first: small work is better done here."""
 
 
 @dataclass(frozen=True)

@@ -378,14 +378,48 @@ class Dedup(Section):
 # -- engine -----------------------------------------------------------------------------------------------------------
 
 
+class Placement(Section):
+    """What each worker of a stage occupies, where it may be, and how many of them there are. What is not said stays as
+    the stage has it. Never part of a stage's identity."""
+
+    cpus: float | None = Field(None, ge=0, description="CPUs a worker")
+    gpus: float | None = Field(None, ge=0, description="GPUs a worker; a fraction shares one among workers")
+    memory: Quantity | None = Field(None, description="main memory a worker, as the cluster books it")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Ray: custom resources a worker, such as {fetcher: 1}"
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray: labels of the nodes that it may run on, such as {pool: gpu}"
+    )
+    min_workers: int | None = Field(None, gt=0, description="Ray: workers of a stage that keeps them, at least")
+    max_workers: int | None = Field(None, gt=0, description="Ray: and at most; null: as many as fit")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Placement:
+        if self.min_workers and self.max_workers and self.min_workers > self.max_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above max_workers ({self.max_workers})")
+        return self
+
+
 class Engine(Section):
     """Where the stages run."""
 
-    kind: Literal["local", "ray"] = "ray"
+    kind: Literal["local", "ray", "beam"] = Field(
+        "ray", description="beam: see `python beam_runner.py --help`, which sets it"
+    )
     address: str | None = Field(
         "auto", description="Ray: a cluster's address; auto: RAY_ADDRESS, a running one, or a new one"
     )
     workers: int | None = Field(None, gt=0, description="local: processes (default 1); ray: model workers at most")
+    stages: dict[str, Placement] = Field(
+        default_factory=dict, description="what workers occupy and where they run, by stage: {clip: {gpus: 0.5}}"
+    )
+    wait_s: float = Field(
+        600, ge=0, description="Ray: how long a run waits for nodes that it needs and the cluster lacks, or has lost"
+    )
+    runtime_env: dict[str, Any] = Field(
+        default_factory=dict, description="Ray: runtime environment of the workers: working_dir, pip, env_vars ..."
+    )
 
 
 class Errors(Section):

@@ -8,7 +8,18 @@ from typing import Any
 
 import pyarrow as pa
 
-_NESTED = ("reasons", "funnel", "tables", "columns", "models", "software", "computed", "stage_seconds", "bytes")
+_NESTED = (
+    "reasons",
+    "funnel",
+    "tables",
+    "columns",
+    "models",
+    "software",
+    "computed",
+    "stage_seconds",
+    "bytes",
+    "spent",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class SnapshotRecord:
     """Time in each stage's kernels, summed over workers."""
     bytes: dict[str, int] = field(default_factory=dict)
     """Size of the data files of each table."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """What `seconds` went into; the values add up to it."""
 
     def to_row(self) -> dict[str, Any]:
         """The record as a row of `SNAPSHOTS`; nested values are JSON."""
@@ -90,6 +103,7 @@ SNAPSHOTS = pa.schema(
         pa.field("computed", pa.string()),
         pa.field("stage_seconds", pa.string()),
         pa.field("bytes", pa.string()),
+        pa.field("spent", pa.string()),
     ]
 )
 """The snapshots table: the columns of `SnapshotRecord`, nested values as JSON."""

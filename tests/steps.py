@@ -20,6 +20,7 @@ from pairmill.stage import (
     Judgement,
     Kernel,
     Resources,
+    Scatter,
     Stage,
     Verdict,
 )
@@ -109,7 +110,7 @@ class RankChars(GlobalStage):
     reads = ("chars",)
     writes = (fields.CONTRAST,)
 
-    def measure(self, live: pa.Table, todo: pa.BooleanArray) -> pa.Table:
+    def measure(self, live: pa.Table, todo: pa.BooleanArray, scatter: Scatter) -> pa.Table:
         chars = live["chars"].to_pylist()
         ranks = [float(sum(c < mine for c in chars)) for mine in chars]
         return pa.table({"contrast": pa.array(ranks, pa.float32()).filter(todo)})

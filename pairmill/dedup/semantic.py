@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from pairmill.dedup.cells import SLACK, Assignment, Embeddings, Flat, Near, default_cells, exact_cosines, near_pairs
 from pairmill.dedup.seniority import Rows, seniority
-from pairmill.stage import GlobalStage, GlobalVerdict, Judgement
+from pairmill.stage import GlobalStage, GlobalVerdict, Judgement, Scatter
 from schemas import fields
 from schemas.reasons import Reason
 
@@ -60,7 +60,7 @@ class SemanticNeighbours(GlobalStage):
         """The neighbours; null for rows without an embedding."""
         return (fields.NEIGHBOURS,)
 
-    def measure(self, live: pa.Table, todo: pa.BooleanArray) -> pa.Table:
+    def measure(self, live: pa.Table, todo: pa.BooleanArray, scatter: Scatter) -> pa.Table:  # noqa: ARG002
         """Search the neighbours of the marked rows among all rows."""
         marked = np.asarray(todo)
         embeddings = Embeddings(live.column(fields.CLIP_IMAGE.name))

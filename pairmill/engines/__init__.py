@@ -11,7 +11,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from pairmill.execute import Job, Unit
+from pairmill.stage import CELL, CellWork
 from schemas.config import Engine as EngineConfig
 
 
@@ -20,8 +25,29 @@ class Engine(Protocol):
 
     name: str
 
+    slots: int
+    """Workers that can be busy at a time, all groups together: what `pairmill.run.Spent` divides by. Known once `run`
+    has begun."""
+
     def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         """Bring every unit through all groups of the job's segment; yields each as it finishes."""
+
+    def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """See `pairmill.stage.Scatter`. Work that fails raises here; a worker that dies is tried again.
+
+        Raises:
+            EngineError: workers die again and again.
+        """
+
+
+def in_cells(work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """`Engine.scatter` in this process: the rows are held in memory, and the cells done one after the other."""
+    table = pa.concat_tables(rows)
+    order = pc.sort_indices(table, sort_keys=[(CELL, "ascending")])
+    table = table.take(order)
+    _, starts = np.unique(table.column(CELL).to_numpy(), return_index=True)
+    for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True):
+        yield work(table.slice(start, end - start))
 
 
 def open_engine(config: EngineConfig) -> AbstractContextManager[Engine]:
@@ -34,6 +60,10 @@ def open_engine(config: EngineConfig) -> AbstractContextManager[Engine]:
         from pairmill.engines.local import local_engine
 
         return local_engine(config)
+    if config.kind == "beam":
+        from pairmill.engines.beam import beam_engine
+
+        return beam_engine(config)
     from pairmill.engines.ray_data import ray_engine
 
     return ray_engine(config)

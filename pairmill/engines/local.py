@@ -11,10 +11,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
+import pyarrow as pa
+
+from pairmill.engines import in_cells
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
-from pairmill.stage import WORKERS_ENV
+from pairmill.stage import WORKERS_ENV, CellWork
 from schemas.config import Engine as EngineConfig
 
 WORKER_RETRIES = 3
@@ -34,6 +37,7 @@ class LocalEngine:
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
+        self.slots = workers
 
     def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         """See `pairmill.engines.Engine.run`."""
@@ -45,6 +49,10 @@ class LocalEngine:
                 yield _run_all(workers, unit)
         else:
             yield from self._run_processes(job, units)
+
+    def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """In this process; FAISS has threads of its own."""
+        return in_cells(work, rows)
 
     def _run_processes(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         """A pool of processes. When one dies the pool is made anew, and its unfinished units run again, isolated where

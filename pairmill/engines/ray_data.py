@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
+from pairmill.engines import in_cells
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
-from pairmill.stage import WORKERS_ENV
+from pairmill.stage import WORKERS_ENV, CellWork
 from schemas.config import Engine as EngineConfig
 
 if TYPE_CHECKING:
@@ -174,6 +177,7 @@ class RayEngine:
     def __init__(self, config: EngineConfig, name: str) -> None:
         self._config = config
         self.name = name
+        self.slots = 1
 
     def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         """See `pairmill.engines.Engine.run`. When the stream breaks, since a machine was lost with more than Ray itself
@@ -197,6 +201,10 @@ class RayEngine:
                     ) from error
                 log.warning("Ray lost workers (%s); %d shards are left and go on", type(error).__name__, len(left))
                 time.sleep(STREAM_PAUSE_S * breaks)
+
+    def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """See `pairmill.engines.Engine.scatter`."""
+        return in_cells(work, rows)
 
     def _stream(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         import ray

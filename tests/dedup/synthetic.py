@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pairmill.dedup.groups import settle
+from pairmill.engines import in_cells
 from pairmill.stage import Judgement
 
 
@@ -45,7 +46,7 @@ def live(vectors, refresh=1, score=0.3, numbers=None, chunks=1) -> pa.Table:
 def measured(stage, table: pa.Table, todo=None) -> pa.Table:
     """The table with its ``neighbours``: measured for the rows of `todo`, null for the others."""
     todo = np.ones(table.num_rows, dtype=bool) if todo is None else np.asarray(todo)
-    output = stage.measure(table, pa.array(todo))
+    output = stage.measure(table, pa.array(todo), in_cells)
     where = pa.array(np.where(todo, np.cumsum(todo) - 1, 0), mask=~todo)
     return table.append_column("neighbours", output.column("neighbours").combine_chunks().take(where))
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pairmill.dedup import cells, steps
 from pairmill.dedup.semantic import SENIORS, SemanticDuplicates, SemanticNeighbours, colour_distance, greedy_duplicates
+from pairmill.engines import in_cells
 from pairmill.errors import ConfigError, ContractError
 from schemas.config import Dedup
 from tests.dedup.synthetic import clusters, greedy, kept, live, measured, uid, verdicts
@@ -93,7 +94,7 @@ def test_a_refresh_overturns_nothing_and_ends_as_if_measured_at_once(data):
         table = live(vectors[here], refresh[here], score[here], numbers=here)
         names = table["uid"].to_pylist()
         todo = [n not in stored for n in names]
-        output = STAGE.measure(table, pa.array(todo, pa.bool_()))["neighbours"].to_pylist()
+        output = STAGE.measure(table, pa.array(todo, pa.bool_()), in_cells)["neighbours"].to_pylist()
         stored |= dict(zip([n for n, t in zip(names, todo, strict=True) if t], output, strict=True))
         lists = pa.array([stored[n] for n in names], STAGE.writes[0].type)
         table = table.append_column("neighbours", lists)
@@ -112,7 +113,7 @@ def test_measuring_again_gives_the_same_bytes_whatever_the_threads_and_the_chunk
     for threads, chunks in ((1, 1), (2, 7), (2, 1)):
         faiss.omp_set_num_threads(threads)
         table = live(vectors, chunks=chunks)
-        outputs.append(stage.measure(table, pa.array([True] * table.num_rows))["neighbours"].combine_chunks())
+        outputs.append(stage.measure(table, pa.array([True] * table.num_rows), in_cells)["neighbours"].combine_chunks())
     assert outputs[0].equals(outputs[1]) and outputs[0].equals(outputs[2])
     assert sum(len(n) for n in outputs[0].to_pylist()) > 1000
 
@@ -153,7 +154,7 @@ def test_a_row_that_comes_late_but_is_senior_becomes_the_centre(noise):
     table = live(clusters([401], noise=noise), score=np.linspace(0.2, 0.4, 401), refresh=[2] * 400 + [1])
     late = np.array([name == uid(400) for name in table["uid"].to_pylist()])
     early = measured(STAGE, table.filter(pa.array(~late)))["neighbours"].to_pylist()
-    added = STAGE.measure(table, pa.array(late))["neighbours"].to_pylist()[0]
+    added = STAGE.measure(table, pa.array(late), in_cells)["neighbours"].to_pylist()[0]
     early.insert(int(np.flatnonzero(late)[0]), added)
     both = table.append_column("neighbours", pa.array(early, STAGE.writes[0].type))
     assert kept(both, VERDICT.judge(both)) == {uid(400)}

@@ -65,7 +65,7 @@ def downloaded(bucket: str, folder: Path) -> Path:
 # -- every verb --
 
 
-UNSTEADY = ("seconds", "created_at", "stage_seconds", "config", "at", "requests", "bytes", "files", "tables")
+UNSTEADY = ("seconds", "created_at", "stage_seconds", "spent", "config", "at", "requests", "bytes", "files", "tables")
 """Times, names that are drawn, what depends on the length of such texts, and how many commits there were."""
 
 
