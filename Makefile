@@ -8,7 +8,7 @@ bin := .venv/bin
 install := $(bin)/python -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-capfilt train-tiny-clip train-tiny-blip clean
+.PHONY: help demo test check format bench bench-capfilt bench-engines bench-inference bench-faults train-tiny-clip train-tiny-blip clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | awk -F':.*## ' '{printf "  make %-18s%s\n", $$1, $$2}'
@@ -42,6 +42,15 @@ train-tiny-blip: .venv/.ready ## train the shipped captioner and filter anew int
 
 bench-capfilt: .venv/.ready-dev ## does training on what CapFilt mended beat training on what came? Three seeds
 	$(bin)/python -m benchmarks.capfilt $(ARGS)
+
+bench-engines: .venv/.ready-dev ## local, Ray and Beam side by side: overhead, memory, growth; ARGS="--rows 2000,20000,100000"
+	$(bin)/python -m benchmarks.engines $(ARGS)
+
+bench-inference: .venv/.ready-dev ## CLIP, captioner and matching head of real size against the plain loops of their libraries
+	$(bin)/python -m benchmarks.inference $(ARGS)
+
+bench-faults: .venv/.ready-dev ## nodes, workers and drivers killed at random times, ten runs of each: is the result the same?
+	$(bin)/python -m benchmarks.faults $(ARGS)
 
 clean: ## remove the environment, caches and the demo
 	rm -rf .venv build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from pairmill.errors import PlanError
-from pairmill.plan import Recipe, compile_plan
+from pairmill.errors import ConfigError, PlanError
+from pairmill.plan import Recipe, compile_plan, placed
 from pairmill.stage import Resources
 from schemas import fields
+from schemas.config import Placement
 from tests.steps import AtLeast, CountChars, CountWords, RankChars, SameText
 
 
@@ -96,3 +97,33 @@ def test_fingerprints_follow_parameters_and_inputs_and_nothing_else():
     newer = tables(CountWords2(), AtLeast(3), CountChars())
     assert newer["words"] != base["words"] and newer["chars"] != base["chars"], "chars reads words"
     assert replace(CountChars(), scale=1) == CountChars()
+
+
+def test_a_config_places_stages_and_changes_no_fingerprint():
+    recipe = Recipe("test", (CountWords(), AtLeast(3), CountChars()))
+    placement = Placement(gpus=0.5, resources={"fetcher": 1}, labels={"pool": "gpu"}, min_workers=1, max_workers=4)
+    moved = compile_plan(placed(recipe, {"chars": placement}))
+    still = compile_plan(recipe)
+    assert [s.fingerprint for s in moved.steps] == [s.fingerprint for s in still.steps]
+    assert [g.title for g in still.segments[0].groups] == ["words+chars"]
+    words, chars = moved.segments[0].groups
+    assert words.resources == Resources(rows=words.resources.rows)
+    assert (chars.resources.gpus, chars.resources.custom) == (0.5, (("fetcher", 1.0),))
+    assert (chars.resources.labels, chars.resources.max_workers) == ((("pool", "gpu"),), 4)
+
+
+def test_gpus_said_in_the_config_replace_the_one_that_is_taken_where_there_are_some():
+    wanted = Resources(gpu_if_any=True, actor=True)
+    assert wanted.placed(Placement(cpus=2)).gpu_if_any
+    assert not wanted.placed(Placement(gpus=0)).gpu_if_any
+
+
+def test_a_placement_of_an_unknown_stage_names_the_near_one():
+    recipe = Recipe("test", (CountWords(), AtLeast(3), CountChars()))
+    with pytest.raises(ConfigError, match=r"no stage 'char' that is placed; did you mean 'chars'"):
+        placed(recipe, {"char": Placement()})
+
+
+def test_a_placement_has_no_more_workers_at_least_than_at_most():
+    with pytest.raises(ValueError, match=r"min_workers \(3\) is above max_workers \(2\)"):
+        Placement(min_workers=3, max_workers=2)
