@@ -100,14 +100,14 @@ def test_fingerprints_follow_parameters_and_inputs_and_nothing_else():
 
 
 def test_a_config_places_stages_and_changes_no_fingerprint():
-    recipe = Recipe("test", (CountWords(), AtLeast(3), CountChars()))
+    recipe = Recipe("test", (CountWords(resources=Resources()), AtLeast(3), CountChars(resources=Resources())))
     placement = Placement(gpus=0.5, resources={"fetcher": 1}, labels={"pool": "gpu"}, min_workers=1, max_workers=4)
     moved = compile_plan(placed(recipe, {"chars": placement}))
     still = compile_plan(recipe)
     assert [s.fingerprint for s in moved.steps] == [s.fingerprint for s in still.steps]
     assert [g.title for g in still.segments[0].groups] == ["words+chars"]
     words, chars = moved.segments[0].groups
-    assert words.resources == Resources(rows=words.resources.rows)
+    assert (words.title, words.resources.gpus) == ("words", 0)
     assert (chars.resources.gpus, chars.resources.custom) == (0.5, (("fetcher", 1.0),))
     assert (chars.resources.labels, chars.resources.max_workers) == ((("pool", "gpu"),), 4)
 
