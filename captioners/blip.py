@@ -13,7 +13,7 @@ from captioners.sampling import SeededChoice, uniform
 from filters.image_rules import missing_image, with_image
 from pairmill.blip import Checkpoint, cross_attention_cache, load_captioner
 from pairmill.errors import ConfigError
-from pairmill.models import ModelRef, in_passes, padded
+from pairmill.models import ModelRef, in_passes, model_resources, padded
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields
@@ -81,7 +81,7 @@ class Captions(Stage):
 
     @classmethod
     def of(cls, config: RunConfig) -> Captions:
-        """The stage that a config asks for: one GPU where it says cuda."""
+        """The stage that a config asks for."""
         models, caption = config.models, config.caption
         names = ("count", "method", "top_p", "temperature", "beams", "repetition_penalty", "max_length", "min_length")
         return cls(
@@ -92,7 +92,7 @@ class Captions(Stage):
             precision=models.precision,
             device=models.device,
             batch=models.batch,
-            resources=Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True),
+            resources=model_resources(models),
         )
 
     def parameters(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from filters.image_rules import missing_image, with_image
-from pairmill.models import ModelRef, Vectors, load_clip
+from pairmill.models import ModelRef, Vectors, load_clip, model_resources
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import Models
@@ -39,11 +39,9 @@ class ClipScore(Stage):
 
     @classmethod
     def of(cls, models: Models) -> ClipScore:
-        """The stage that a config asks for: one GPU where it says cuda; ``auto`` uses one that is there and asks a
-        cluster for none."""
-        resources = Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True)
+        """The stage that a config asks for."""
         model = ModelRef.of(models.clip)
-        return cls(model, models.precision, models.device, models.batch, resources)
+        return cls(model, models.precision, models.device, models.batch, model_resources(models))
 
     def open(self) -> Kernel:
         """Load the model."""

@@ -14,7 +14,7 @@ from filters.clip_score import scatter
 from filters.image_rules import missing_image, with_image
 from pairmill.blip import Checkpoint, cross_attention_cache, load_matcher
 from pairmill.errors import ConfigError
-from pairmill.models import ModelRef, in_passes, padded
+from pairmill.models import ModelRef, in_passes, model_resources, padded
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_itm_dir
 from schemas import fields
@@ -75,7 +75,7 @@ class ItmScore(Stage):
 
     @classmethod
     def of(cls, models: Models, captions: bool = False) -> ItmScore:
-        """The stage that a config asks for: one GPU where it says cuda."""
+        """The stage that a config asks for."""
         return cls(
             ModelRef.of(models.itm, tiny_itm_dir),
             captions,
@@ -83,7 +83,7 @@ class ItmScore(Stage):
             precision=models.precision,
             device=models.device,
             batch=models.batch,
-            resources=Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True),
+            resources=model_resources(models),
         )
 
     def open(self) -> Kernel:

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pairmill.errors import ConfigError
+from pairmill.stage import Resources
 from pairmill.weights import tiny_clip_dir
-from schemas.config import ModelChoice
+from schemas.config import ModelChoice, Models
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,14 @@ def _file_sha256(path: str, mtime_ns: int, size: int) -> str:  # noqa: ARG001 - 
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def model_resources(models: Models) -> Resources:
+    """What a worker of a model stage occupies: one GPU where the config says cuda, and where it says auto and the
+    cluster has GPUs."""
+    return Resources(
+        gpus=1.0 if models.device == "cuda" else 0.0, gpu_if_any=models.device == "auto", rows=256, actor=True
+    )
 
 
 def resolve_device(device: str, key: str = "models.device") -> str:

@@ -254,13 +254,16 @@ def read_outcomes(step: Step) -> list[str]:
 
 
 def _place(resources: Resources) -> Resources:
-    """What must be equal for stages to share a worker: all but whether it keeps its kernels."""
-    return replace(resources, actor=False)
+    """What must be equal for stages to share a worker: all but whether it keeps its kernels, and takes a GPU where
+    there is one."""
+    return replace(resources, actor=False, gpu_if_any=False)
 
 
 def _group(resources: Resources, steps: list[PlannedStep]) -> Group:
-    actor = any(isinstance(s.step, Stage) and s.step.resources.actor for s in steps)
-    return Group(replace(resources, actor=actor), tuple(steps))
+    stages = [s.step for s in steps if isinstance(s.step, Stage)]
+    actor = any(stage.resources.actor for stage in stages)
+    gpu_if_any = any(stage.resources.gpu_if_any for stage in stages)
+    return Group(replace(resources, actor=actor, gpu_if_any=gpu_if_any), tuple(steps))
 
 
 def model_identities(plan: Plan) -> dict[str, str]:

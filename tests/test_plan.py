@@ -76,6 +76,9 @@ def test_segments_are_cut_at_global_steps_and_groups_at_unequal_resources():
     fused = compiled(CountWords(), AtLeast(3), CountChars(resources=Resources(rows=64, actor=True)))
     assert [g.title for g in fused.segments[0].groups] == ["words+chars"]
     assert fused.segments[0].groups[0].resources.actor
+    model = CountChars(resources=Resources(rows=64, actor=True, gpu_if_any=True))
+    (group,) = compiled(CountWords(), AtLeast(3), model).segments[0].groups
+    assert group.resources.gpu_if_any, "rules of images share a worker with the model, and what was decoded"
 
 
 def test_fingerprints_follow_parameters_and_inputs_and_nothing_else():

@@ -19,7 +19,7 @@ from filters.clip_score import scatter
 from filters.image_rules import with_image
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError
-from pairmill.models import ModelRef
+from pairmill.models import ModelRef, model_resources
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import Boxes, RunConfig
@@ -67,7 +67,7 @@ class Detections(Stage):
 
     @classmethod
     def of(cls, config: RunConfig, captions: bool) -> Detections:
-        """The stage that a config asks for: one GPU where it says cuda.
+        """The stage that a config asks for.
 
         Raises:
             ConfigError: ``models.detector`` is null.
@@ -75,7 +75,6 @@ class Detections(Stage):
         models = config.models
         if models.detector is None:
             raise ConfigError("models.detector is null; name an OWLv2 or Grounding DINO checkpoint")
-        gpus = 1.0 if models.device == "cuda" else 0.0
         return cls(
             ModelRef.of(models.detector, no_tiny("models.detector")),
             config.boxes,
@@ -83,7 +82,7 @@ class Detections(Stage):
             models.precision,
             models.device,
             models.batch,
-            Resources(gpus=gpus, rows=256, actor=True),
+            model_resources(models),
         )
 
     def parameters(self) -> dict[str, Any]:

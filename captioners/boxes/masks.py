@@ -15,7 +15,7 @@ from filters.clip_score import scatter
 from filters.image_rules import with_image
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError
-from pairmill.models import ModelRef, in_passes, padded
+from pairmill.models import ModelRef, in_passes, model_resources, padded
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import RunConfig
@@ -64,7 +64,7 @@ class Masks(Stage):
 
     @classmethod
     def of(cls, config: RunConfig) -> Masks:
-        """The stage that a config asks for: one GPU where it says cuda.
+        """The stage that a config asks for.
 
         Raises:
             ConfigError: ``models.segmenter`` is null.
@@ -78,7 +78,7 @@ class Masks(Stage):
             models.precision,
             models.device,
             models.batch,
-            Resources(gpus=1.0 if models.device == "cuda" else 0.0, rows=256, actor=True),
+            model_resources(models),
         )
 
     def open(self) -> Kernel:

@@ -108,7 +108,9 @@ def test_identity_holds_model_and_precision_but_not_hardware(random_clip: ModelR
 
 def test_a_gpu_is_asked_for_where_the_config_says_cuda() -> None:
     assert ClipScore.of(Models(device="cuda")).resources.gpus == 1
-    assert ClipScore.of(Models(device="auto")).resources.gpus == 0
+    auto = ClipScore.of(Models(device="auto")).resources
+    assert (auto.gpus, auto.gpu_if_any) == (0, True)
+    assert not ClipScore.of(Models(device="cpu")).resources.gpu_if_any
     assert ClipScore.of(Models()).resources.actor
 
 
