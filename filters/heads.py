@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pairmill.errors import ConfigError
 from pairmill.stage import Batch, Kernel, Resources, Stage
+from pairmill.weights_cache import local_path
 from schemas import fields
 from schemas.config import Keep, Models
 
@@ -94,7 +95,7 @@ class EmbeddingHead(Stage):
                 raise ConfigError(f"{key}: a head's name becomes a column: a to z, 0 to 9 and _, at most 48 characters")
             if column in Keep.model_fields:
                 raise ConfigError(f"{key}: keep.{column} is a rule of its own already; give the head another name")
-            path = _the_file(Path(choice.path).expanduser(), key)
+            path = _the_file(Path(local_path(choice.path)).expanduser(), key)
             stages.append(cls(column, HeadFile(str(path)), choice.activation, choice.output))
             load_head(path, key, choice.activation, choice.output)
         return tuple(stages)

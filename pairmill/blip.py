@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pairmill.errors import ConfigError
-from pairmill.models import QFORMER_TOKENIZER, ModelRef, resolve_device
+from pairmill.models import ModelRef, resolve_device
+from pairmill.weights_cache import QFORMER_TOKENIZER
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +183,7 @@ def checkpoint_folder(ref: ModelRef, key: str) -> Path:
         ConfigError: no such folder, a name that is not pinned, or one that cannot be fetched.
     """
     if ref.path is not None:
-        folder = Path(ref.path)
+        folder = ref.folder()
         if not folder.is_dir():
             raise ConfigError(f"{key}: the folder {folder} does not exist; correct {key}.path")
         return folder

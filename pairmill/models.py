@@ -6,12 +6,10 @@ Weights are read from safetensors only: other formats can carry code.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +19,7 @@ import numpy.typing as npt
 from pairmill.errors import ConfigError
 from pairmill.stage import Resources
 from pairmill.weights import tiny_clip_dir
+from pairmill.weights_cache import folder_sha256, local_path
 from schemas.config import ModelChoice, Models
 
 if TYPE_CHECKING:
@@ -33,33 +32,10 @@ TINY = "tiny"
 WEIGHT_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 """What open_clip calls its weights; the first is the newer name."""
 
-IDENTIFYING_SUFFIXES = (".safetensors", ".model")
-IDENTIFYING_NAMES = frozenset(
-    {
-        "open_clip_config.json",
-        "config.json",
-        "generation_config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "model.safetensors.index.json",
-    }
-)
-"""Files that determine what a model computes. Others (a README, training logs) are no part of its identity."""
-
-QFORMER_TOKENIZER = "qformer_tokenizer"
-"""The folder within a folder where InstructBLIP keeps its second tokenizer; part of the identity, too."""
-
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model: by name, pretrained tag and revision, or by local folder. Its `identity` never holds a path."""
+    """A model: by name, pretrained tag and revision, or by folder (local or remote). Its `identity` holds no path."""
 
     name: str | None = None
     pretrained: str | None = None
@@ -74,59 +50,28 @@ class ModelRef:
         return cls(choice.name, choice.pretrained, choice.revision, choice.path)
 
     def identity(self) -> dict[str, Any]:
-        """What determines the outputs: a hash of a local folder's content, or name, pretrained tag and revision.
+        """What determines the outputs: a hash of a folder's content, or name, pretrained tag and revision.
 
         Raises:
-            ConfigError: the local folder is missing or holds no weights.
+            ConfigError: the folder is missing or holds no weights.
         """
         if self.path is not None:
-            return {"sha256": folder_sha256(self.path)}
+            return {"sha256": folder_sha256(str(self.folder()))}
         return {"name": self.name, "pretrained": self.pretrained, "revision": self.revision}
+
+    def folder(self) -> Path:
+        """The folder on this machine, of a model that is given by `path`; a remote one is fetched once a machine.
+
+        Raises:
+            ConfigError, StoreError: see `pairmill.weights_cache.local_path`.
+        """
+        return Path(local_path(str(self.path)))
 
     def __str__(self) -> str:
         if self.path is not None:
             return self.path
         tag = f" {self.pretrained}" if self.pretrained else ""
         return f"{self.name}{tag}" + (f"@{self.revision}" if self.revision else "")
-
-
-def folder_sha256(path: str) -> str:
-    """sha256 (hex) over names and bytes of the files that determine a model: config, weights, tokenizer.
-
-    A file is read again only when its time of change or its size has changed.
-
-    Raises:
-        ConfigError: no such folder, or no weights in it.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"model folder {path} does not exist; correct the path, or name a model and a pretrained tag")
-    names = sorted(
-        str(f.relative_to(folder))
-        for place in (folder, folder / QFORMER_TOKENIZER)
-        if place.is_dir()
-        for f in place.iterdir()
-        if f.suffix in IDENTIFYING_SUFFIXES or f.name in IDENTIFYING_NAMES
-    )
-    if not any(name.endswith(".safetensors") for name in names):
-        raise ConfigError(
-            f"model folder {path} holds no .safetensors file; save the model's weights there in that format"
-        )
-    digest = hashlib.sha256()
-    for name in names:
-        stat = (folder / name).stat()
-        digest.update(f"{name}\n{_file_sha256(str(folder / name), stat.st_mtime_ns, stat.st_size)}\n".encode())
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=1024)
-def _file_sha256(path: str, mtime_ns: int, size: int) -> str:  # noqa: ARG001 - parts of the cache's key
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def model_resources(models: Models) -> Resources:
@@ -275,8 +220,9 @@ def load_clip(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> L
 def _resolve(ref: ModelRef) -> tuple[str, dict[str, Any]]:
     """open_clip's model name and the keywords that name its weights."""
     if ref.path is not None:
-        _check_folder(Path(ref.path))
-        return f"local-dir:{os.path.abspath(ref.path)}", {"require_pretrained": True}
+        folder = ref.folder()
+        _check_folder(folder)
+        return f"local-dir:{os.path.abspath(folder)}", {"require_pretrained": True}
     assert ref.name is not None  # ModelChoice demands a name or a path
     if ref.name.startswith("hf-hub:"):
         folder = _fetch_repository(ref.name.removeprefix("hf-hub:"), ref)
