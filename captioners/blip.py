@@ -13,7 +13,8 @@ from captioners.sampling import SeededChoice, uniform
 from filters.image_rules import missing_image, with_image
 from pairmill.blip import Checkpoint, cross_attention_cache, load_captioner
 from pairmill.errors import ConfigError
-from pairmill.models import ModelRef, in_passes, model_resources, padded
+from pairmill.models import ModelRef, model_resources
+from pairmill.passes import in_passes, padded
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields

@@ -8,15 +8,15 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pairmill.errors import ConfigError
+from pairmill.passes import in_passes, padded
 from pairmill.stage import Resources
 from pairmill.weights import tiny_clip_dir
 from pairmill.weights_cache import folder_sha256, local_path
@@ -101,8 +101,6 @@ def resolve_device(device: str, key: str = "models.device") -> str:
 
 
 Vectors = npt.NDArray[np.float32]
-Chunk = TypeVar("Chunk")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -148,37 +146,6 @@ class LoadedClip:
 
         parts = in_passes(forward, [items[start : start + batch] for start in range(0, len(items), batch)], self.device)
         return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
-
-
-def in_passes(forward: Callable[[Chunk], Result], chunks: Sequence[Chunk], device: str) -> list[Result]:
-    """`forward` of each chunk, in their order and in inference mode, so that its bits depend on the chunk alone.
-
-    On a CPU each call runs on one thread, as many of them side by side as torch has threads (`LoadedClip` says why);
-    `forward` must be safe to call so. On a GPU fp32 means fp32, not TF32.
-    """
-    import torch
-
-    def quiet(chunk: Chunk) -> Result:
-        with torch.inference_mode():
-            return forward(chunk)
-
-    if device == "cpu":
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = list(pool.map(quiet, chunks))
-        torch.set_num_threads(threads)  # in part the setting is one of the whole process
-        return results
-    # cuDNN would otherwise run the patch embedding's convolution in TF32
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return [quiet(chunk) for chunk in chunks]
-
-
-def padded(inputs: torch.Tensor, batch: int) -> torch.Tensor:
-    """Exactly `batch` rows: copies of the first row are added."""
-    import torch
-
-    missing = batch - len(inputs)
-    return torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])]) if missing else inputs
 
 
 def _unit(vectors: npt.NDArray[Any]) -> Vectors:

@@ -17,7 +17,7 @@ from captioners.boxes.checkpoints import BoxCheckpoint
 from pairmill.blip import CPU_TOKENS
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError
-from pairmill.models import in_passes, padded
+from pairmill.passes import in_passes, padded
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,8 @@ from filters.clip_score import scatter
 from filters.image_rules import with_image
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError
-from pairmill.models import ModelRef, in_passes, model_resources, padded
+from pairmill.models import ModelRef, model_resources
+from pairmill.passes import in_passes, padded
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import RunConfig
