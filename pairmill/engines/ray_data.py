@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pairmill.engines import in_cells
+from pairmill.engines.ray_weights import Sender, Shipment
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 LOCAL_ADDRESS = "127.0.0.2"
 """Keeps a cluster of our own on loopback; Ray rewrites 127.0.0.1 to the host's address, but not this one."""
+
+STARTED_HERE = "ray, started here"
+"""How the name of an engine begins whose cluster is this machine alone."""
 
 WORKER_RETRIES = 3
 """How often a unit is tried again whose worker died. Files are named by their work, so a retry writes nothing twice."""
@@ -65,7 +69,7 @@ def ray_engine(config: EngineConfig) -> Iterator[RayEngine]:
         return
     name = _start(config.address)
     try:
-        yield RayEngine(config, name)
+        yield RayEngine(config, name, alone=name.startswith(STARTED_HERE))
     finally:
         ray.shutdown()
 
@@ -90,7 +94,7 @@ def _start(address: str | None) -> str:
             f"cannot start or reach Ray ({wanted or 'local'}): {error}; check engine.address and RAY_ADDRESS, or run "
             "with --set engine.kind=local"
         ) from error
-    return f"ray, started here with {int(ray.cluster_resources().get('CPU', 0))} CPUs"
+    return f"{STARTED_HERE} with {int(ray.cluster_resources().get('CPU', 0))} CPUs"
 
 
 @contextlib.contextmanager
@@ -174,10 +178,11 @@ def size_pools(job: Job, cluster: Mapping[str, float], wanted_workers: int | Non
 class RayEngine:
     """Streams units through Ray Data."""
 
-    def __init__(self, config: EngineConfig, name: str) -> None:
+    def __init__(self, config: EngineConfig, name: str, *, alone: bool = False) -> None:
         self._config = config
         self.name = name
         self.slots = 1
+        self._weights = None if alone else Sender()
 
     def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
         """See `pairmill.engines.Engine.run`. When the stream breaks, since a machine was lost with more than Ray itself
@@ -221,14 +226,15 @@ class RayEngine:
         with warnings.catch_warnings():
             # Bounded retries can be said in no other way in Ray 2.60; its default is to retry without end.
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+            sent = self._weights.packed(job, wanted) if self._weights else Shipment(job, {})
             for index, pool in enumerate(pools):
-                stream = _add_group(stream, job, index, pool, wanted)
+                stream = _add_group(stream, sent, index, pool, wanted)
         for batch in stream.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
             for text in batch["unit"]:
                 yield Unit.loads(str(text))
 
 
-def _add_group(stream: Dataset, job: Job, index: int, pool: Pool, wanted: Sequence[int]) -> Dataset:
+def _add_group(stream: Dataset, sent: Shipment, index: int, pool: Pool, wanted: Sequence[int]) -> Dataset:
     """One more group on the stream: an actor pool for groups with models, tasks for the others."""
     from ray.data import ActorPoolStrategy
 
@@ -236,40 +242,41 @@ def _add_group(stream: Dataset, job: Job, index: int, pool: Pool, wanted: Sequen
     if pool.gpus:
         common["num_gpus"] = pool.gpus
     if pool.workers:
-        fixed = job.groups[index].resources.workers is not None  # they share limits, so each has to know how many
+        fixed = sent.job.groups[index].resources.workers is not None  # they share limits, so each has to know how many
         return stream.map_batches(
             _GroupActor,
-            fn_constructor_args=(job, index, wanted, pool.workers if fixed else None),
+            fn_constructor_args=(sent, index, wanted, pool.workers if fixed else None),
             compute=ActorPoolStrategy(min_size=pool.workers if fixed else 1, max_size=pool.workers),
             max_restarts=WORKER_RETRIES,
             max_task_retries=WORKER_RETRIES,
             **common,
         )
-    return stream.map_batches(_run_task, fn_kwargs={"job": job, "group": index}, max_retries=WORKER_RETRIES, **common)
+    return stream.map_batches(_run_task, fn_kwargs={"sent": sent, "group": index}, max_retries=WORKER_RETRIES, **common)
 
 
 class _GroupActor:
     """A long-lived worker of one group: keeps its kernels (weights) between units."""
 
-    def __init__(self, job: Job, group: int, wanted: Sequence[int], workers: int | None) -> None:
+    def __init__(self, sent: Shipment, group: int, wanted: Sequence[int], workers: int | None) -> None:
         if workers is not None:
             os.environ[WORKERS_ENV] = str(workers)
-        self._worker = Worker(job, group)
+        self._worker = Worker(sent.unpacked(group), group)
         self._worker.warm(wanted)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return _run_batch(self._worker, batch)
 
 
-_task_workers: dict[tuple[str, int, int], Worker] = {}
+_task_workers: dict[tuple[str, int, int], tuple[Job, Worker]] = {}
 """In a process that Ray keeps for tasks: workers of the latest job, so that kernels are opened once."""
 
 
-def _run_task(batch: dict[str, np.ndarray], job: Job, group: int) -> dict[str, np.ndarray]:
-    key = (job.dataset, job.segment, group)
-    worker = _task_workers.get(key)
-    if worker is None or worker.job != job:
-        worker = _task_workers[key] = Worker(job, group)
+def _run_task(batch: dict[str, np.ndarray], sent: Shipment, group: int) -> dict[str, np.ndarray]:
+    key = (sent.job.dataset, sent.job.segment, group)
+    job, worker = _task_workers.get(key, (None, None))
+    if worker is None or job != sent.job:
+        worker = Worker(sent.unpacked(group), group)
+        _task_workers[key] = (sent.job, worker)
     return _run_batch(worker, batch)
 
 
