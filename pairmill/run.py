@@ -570,7 +570,7 @@ class _LazyEngine:
     """Starts the engine at its first use: a run with nothing to do starts none."""
 
     def __init__(self, config: RunConfig) -> None:
-        self._context = open_engine(config.engine)
+        self._context = open_engine(config.engine, config.dataset)
         self._engine: Any = None
 
     def __enter__(self) -> _LazyEngine:

@@ -420,6 +420,9 @@ class Engine(Section):
     runtime_env: dict[str, Any] = Field(
         default_factory=dict, description="Ray: runtime environment of the workers: working_dir, pip, env_vars ..."
     )
+    pipeline_options: tuple[str, ...] = Field(
+        (), description="Beam: its pipeline options, which `python beam_runner.py` takes from its command line"
+    )
 
 
 class Errors(Section):

@@ -50,8 +50,9 @@ def in_cells(work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield work(table.slice(start, end - start))
 
 
-def open_engine(config: EngineConfig) -> AbstractContextManager[Engine]:
-    """The engine that the config names, started; leaving the context stops what it started.
+def open_engine(config: EngineConfig, dataset: str | None = None) -> AbstractContextManager[Engine]:
+    """The engine that the config names, started; leaving the context stops what it started. `dataset`: its URL, which
+    Beam needs.
 
     Raises:
         EngineError: it is not installed, or the cluster is too small for the plan.
@@ -63,7 +64,7 @@ def open_engine(config: EngineConfig) -> AbstractContextManager[Engine]:
     if config.kind == "beam":
         from pairmill.engines.beam import beam_engine
 
-        return beam_engine(config)
+        return beam_engine(config, dataset)
     from pairmill.engines.ray_data import ray_engine
 
     return ray_engine(config)

@@ -1,0 +1,262 @@
+"""The Beam engine: the same segments and cells as Apache Beam pipelines, on whatever runner the options name.
+
+The driver plans, commits and publishes as with every engine. A pipeline is one segment of map stages, or one piece of
+work in cells; what it makes comes back through an `Outbox` while it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pairmill.engines.beam.harness import mended
+from pairmill.engines.beam.outbox import Outbox, clear
+from pairmill.errors import ConfigError, EngineError, StoreError
+from pairmill.execute import Job, Unit
+from pairmill.stage import CellWork
+from pairmill.store import Dataset
+from schemas.config import Engine as EngineConfig
+
+if TYPE_CHECKING:
+    from apache_beam import Pipeline
+
+    from pairmill.engines.beam.options import Runner
+
+WORKER_RETRIES = 3
+"""How many pipelines in a row may lose a worker process on this machine, with no result in between."""
+
+STOP_S = 5.0
+"""How long a pipeline that nobody waits for any longer has to end, before the driver goes on without it."""
+
+_LOOK_S = 0.1
+_LOOK_REMOTE_S = 1.0
+"""How often the driver looks for results, on a disk and in an object store."""
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def beam_engine(config: EngineConfig, dataset: str | None) -> Iterator[BeamEngine]:
+    """The engine with the runner that ``engine.pipeline_options`` name.
+
+    Raises:
+        ConfigError: a wrong option.
+        EngineError: Beam, or what the runner needs, is not installed.
+    """
+    if dataset is None:
+        raise ConfigError("engine.kind beam needs the URL of a dataset, through which driver and workers speak")
+    store = Dataset(dataset)
+    clear(store.url)
+    with _quiet(), _import_path():
+        try:
+            from pairmill.engines.beam.options import chosen_runner
+        except ImportError as error:
+            raise EngineError(
+                "engine.kind is beam, but Apache Beam is not installed; pip install apache-beam, or run with "
+                "--set engine.kind=local"
+            ) from error
+        with chosen_runner(config.pipeline_options, config.workers, store.local) as runner:
+            try:
+                yield BeamEngine(runner, store.url)
+            finally:
+                with contextlib.suppress(StoreError):  # then the next run clears up
+                    clear(store.url)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What Beam would log reaches us as an exception; and that parts of Google's cloud are not installed is no news."""
+    root, beam = logging.getLogger(), logging.getLogger("apache_beam")
+    level = beam.level
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("apitools not found")
+
+    beam.setLevel(logging.CRITICAL)
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
+        beam.setLevel(level)
+
+
+@contextlib.contextmanager
+def _import_path() -> Iterator[None]:
+    """Worker processes of this machine inherit this environment, so they import what the driver can import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+class BeamEngine:
+    """Runs pipelines, one after the other."""
+
+    def __init__(self, runner: Runner, dataset: str) -> None:
+        self.name = f"beam ({runner.name})"
+        self.slots = runner.slots
+        self.result: Any = None
+        """Beam's `PipelineResult` of the latest pipeline that ended, with its metrics."""
+        self._runner = runner
+        self._dataset = dataset
+        self._look_s = _LOOK_S if Dataset(dataset).local else _LOOK_REMOTE_S
+
+    def run(self, job: Job, units: Iterable[Unit]) -> Iterator[Unit]:
+        """See `pairmill.engines.Engine.run`. Where a worker process of this machine died, the units that are left go
+        into a new pipeline."""
+        from pairmill.engines.beam.transforms import dismiss, unit_result, units_pipeline
+
+        wanted = {unit_result(unit): unit for unit in units}
+        with self._outbox() as outbox:
+            try:
+                results = self._results(
+                    outbox,
+                    wanted.keys(),
+                    lambda left: units_pipeline(self._runner, job, [wanted[name] for name in left], outbox),
+                )
+                for data in results:
+                    yield Unit.loads(data.decode())
+            finally:
+                dismiss(job.dataset)
+
+    def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """See `pairmill.engines.Engine.scatter`. The rows lie in the outbox; what is grouped by cell is where they
+        lie."""
+        from pairmill.engines.beam.transforms import cells_pipeline, read_answer, write_rows
+
+        with self._outbox() as outbox:
+            written = write_rows(outbox, rows)
+            results = self._results(
+                outbox, written.results, lambda left: cells_pipeline(self._runner, work, written, left, outbox)
+            )
+            yield from map(read_answer, results)
+
+    @contextlib.contextmanager
+    def _outbox(self) -> Iterator[Outbox]:
+        outbox = Outbox.make(self._dataset)
+        try:
+            yield outbox
+        finally:
+            with contextlib.suppress(StoreError):  # then the next run clears up
+                outbox.remove()
+
+    def _results(
+        self, outbox: Outbox, wanted: Iterable[str], make: Callable[[Collection[str]], Pipeline]
+    ) -> Iterator[bytes]:
+        """What pipelines write, each result once. `make` builds one that makes the results that are left.
+
+        Raises:
+            EngineError: the runner gave up, or workers die again and again.
+        """
+        left = set(wanted)
+        deaths = 0
+        while left:
+            try:
+                for name, data in self._once(outbox, make(frozenset(left))):
+                    if name in left:
+                        left.remove(name)
+                        deaths = 0
+                        yield data
+            except WorkerLost as error:
+                deaths += 1
+                if deaths > WORKER_RETRIES:
+                    raise EngineError(
+                        "Beam's worker processes die again and again (out of memory, or killed); what was committed is "
+                        "kept: run the command again, with fewer workers if memory was short"
+                    ) from error
+                log.warning("a worker process of Beam died; %d pieces of work are left and go on", len(left))
+            else:
+                if left:
+                    raise EngineError(
+                        f"{self.name} ended, but {len(left)} results are missing (of {min(left)}, for one): do all "
+                        "workers reach the dataset by the same URL? What was committed is kept"
+                    )
+
+    def _once(self, outbox: Outbox, pipeline: Pipeline) -> Iterator[tuple[str, bytes]]:
+        """Run one pipeline, and yield what it writes while it runs."""
+        with mended() as lost:
+            run = _Run(pipeline)
+            try:
+                while True:
+                    over = run.over  # asked before, so that what was written up to the end is seen
+                    yield from outbox.take()
+                    if over:
+                        break
+                    run.wait(self._look_s)
+            finally:
+                if not run.over:
+                    outbox.shut()
+                    run.stop()
+            self.result = run.result
+            run.close()
+            if run.error is not None and lost.is_set():
+                raise WorkerLost from run.error
+            run.check(self.name)
+
+
+class WorkerLost(Exception):
+    """A worker process of this machine died; what it worked on is marked (`pairmill.isolate`)."""
+
+
+class _Run:
+    """A pipeline that runs in a thread of its own: some runners return at its end only."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._pipeline = pipeline
+        self._state = ""
+        self._thread = threading.Thread(target=self._run, name="pairmill-beam", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._pipeline.run()
+            self._state = str(self.result.wait_until_finish())
+        except BaseException as error:  # noqa: BLE001 (told by `check`)
+            self.error = error
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for its end, for a while."""
+        self._thread.join(seconds)
+
+    def stop(self) -> None:
+        """Cancel it, where the runner can; its workers see by the outbox that they are to stop."""
+        if self.result is not None:
+            with contextlib.suppress(Exception):
+                self.result.cancel()
+        self.wait(STOP_S)
+
+    def close(self) -> None:
+        """Close the connection that Dask's result holds."""
+        client = getattr(self.result, "client", None)
+        if client is not None:
+            client.close()
+
+    def check(self, name: str) -> None:
+        """Raise `EngineError` unless it ended well."""
+        if self.error is None and self._state == "DONE":
+            return
+        said = str(self.error or "").strip() or type(self.error).__name__
+        what = said.splitlines()[-1] if self.error else f"the pipeline is {self._state}"
+        raise EngineError(
+            f"{name} stopped the run: {what}; what was committed is kept: run the command again"
+        ) from self.error

@@ -1,0 +1,174 @@
+"""Beam's pipeline options: checked, and what follows from them. Imported inside functions, since it imports Beam."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from apache_beam.options import pipeline_options as beam
+from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
+from apache_beam.runners.runner import create_runner
+
+from pairmill.errors import ConfigError, EngineError
+
+RUNNERS = {
+    name.lower(): f"apache_beam.runners.{path}.{name}"
+    for name, path in {
+        "DirectRunner": "direct.direct_runner",
+        "FnApiRunner": "portability.fn_api_runner",
+        "DaskRunner": "dask.dask_runner",
+        "PrismRunner": "portability.prism_runner",
+        "FlinkRunner": "portability.flink_runner",
+        "SparkRunner": "portability.spark_runner",
+        "PortableRunner": "portability.portable_runner",
+        "DataflowRunner": "dataflow.dataflow_runner",
+    }.items()
+}
+"""Runners by their names in lower case; others are named by module and class."""
+
+_LOCAL = ("DirectRunner", "FnApiRunner")
+
+
+class PairmillOptions(beam.PipelineOptions):
+    """What pairmill itself asks of those who choose a runner."""
+
+    @classmethod
+    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--gpu_accelerator",
+            help="the accelerator hint of stages that want a GPU, and of no others, for runners that heed it: "
+            "type:nvidia-l4;count:1;install-nvidia-driver",
+        )
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A runner, its options, and how many workers it has."""
+
+    name: str
+    options: beam.PipelineOptions
+    slots: int
+    """Workers that can be busy at a time, as far as the options say it; else 1."""
+    processes: int
+    """Processes that these are in."""
+
+    @property
+    def accelerator(self) -> str | None:
+        """See `PairmillOptions`."""
+        return self.options.view_as(PairmillOptions).gpu_accelerator
+
+
+@contextlib.contextmanager
+def chosen_runner(flags: Sequence[str], workers: int | None, dataset_is_local: bool) -> Iterator[Runner]:
+    """The runner that command-line options name, with what has to run beside it.
+
+    Args:
+        flags: Options as on a command line; DirectRunner where they name no runner.
+        workers: Processes of a Dask cluster that is started here; all CPUs when None.
+        dataset_is_local: Whether the dataset lies on a disk of this machine.
+
+    Raises:
+        ConfigError: an option that Beam does not know, a wrong value, or a runner that cannot reach the dataset.
+        EngineError: what the runner needs is not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        name, path = _named(flags)
+        flags = [*flags, f"--runner={path}"]
+        if name == "DaskRunner":
+            flags += stack.enter_context(_dask(flags, workers))
+        if name == "DirectRunner" and not parse(flags).prism_location:
+            # Beam 2.77 would look for Prism first, and fetch it from the web. Of our pipelines none has a trigger.
+            flags += ["--allow_unsafe_triggers"]
+        options = beam.PipelineOptions(flags)
+        if name == "DataflowRunner" and dataset_is_local:
+            raise ConfigError(
+                "dataset: Dataflow's workers cannot reach a disk of this machine; give gs://... or s3://..."
+            )
+        try:
+            problems = PipelineOptionsValidator(options, create_runner(path)).validate()
+        except ImportError as error:
+            extra = {"DataflowRunner": "gcp", "DaskRunner": "dask"}.get(name)
+            advice = f"pip install 'apache-beam[{extra}]'" if extra else "install it"
+            raise EngineError(f"the runner {name} cannot be loaded: {error}; {advice}") from error
+        if problems:
+            raise ConfigError("pipeline options: " + "; ".join(str(problem) for problem in problems))
+        slots, processes = _size(name, options)
+        yield Runner(name, options, slots, processes)
+
+
+def parse(flags: Sequence[str]) -> argparse.Namespace:
+    """All options as Beam's classes of options have them.
+
+    Raises:
+        ConfigError: an unknown option, or a wrong value.
+    """
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    for options in {str(c): c for c in beam.PipelineOptions.__subclasses__()}.values():
+        options._add_argparse_args(parser)
+    found, unknown = parser.parse_known_args(flags)
+    if unknown:
+        names = [option for action in parser._actions for option in action.option_strings]
+        told = []
+        for flag in unknown:
+            near = difflib.get_close_matches(flag.partition("=")[0], names, n=1)
+            told.append(f"{flag}{f' (did you mean {near[0]}?)' if near else ''}")
+        raise ConfigError(f"Beam knows no pipeline option {', '.join(told)}; write options as --name=value")
+    return found
+
+
+class _Parser(beam._BeamArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"pipeline options: {message}")
+
+
+def _named(flags: Sequence[str]) -> tuple[str, str]:
+    """The runner's name and its class."""
+    given = parse(flags).runner or "DirectRunner"
+    path = RUNNERS.get(given.lower()) or RUNNERS.get(f"{given.lower()}runner") or given
+    if "." not in path:
+        names = ", ".join(path.rpartition(".")[2] for path in RUNNERS.values())
+        raise ConfigError(f"--runner={given} is none of {names}, nor a class by its module")
+    return path.rpartition(".")[2], path
+
+
+def _size(name: str, options: beam.PipelineOptions) -> tuple[int, int]:
+    """How many workers, in how many processes."""
+    every = options.get_all_options()
+    if name in _LOCAL:
+        workers = every["direct_num_workers"] or os.cpu_count() or 1
+        return workers, workers if every["direct_running_mode"] == "multi_processing" else 1
+    if name == "DaskRunner":
+        from dask.distributed import Client
+
+        with Client(every["address"], scheduler_file=every["scheduler_file"]) as client:
+            threads = client.nthreads()
+        return sum(threads.values()) or 1, len(threads) or 1
+    workers = {
+        "FlinkRunner": every["parallelism"],
+        "DataflowRunner": every["max_num_workers"] or every["num_workers"],
+    }.get(name)
+    return max(1, workers or 1), max(1, workers or 1)
+
+
+@contextlib.contextmanager
+def _dask(flags: Sequence[str], workers: int | None) -> Iterator[list[str]]:
+    """Options for Dask: units one by one, and a cluster on loopback where none is named."""
+    try:
+        from apache_beam.runners.dask import dask_runner  # noqa: F401 (its options are known from here on)
+        from dask.distributed import LocalCluster
+    except ImportError as error:
+        raise EngineError(f"Dask is not installed ({error}); pip install 'apache-beam[dask]'") from error
+    given = parse(flags)
+    more = [] if given.npartitions or given.partition_size else ["--dask_partition_size=1"]
+    if given.address or given.scheduler_file:
+        yield more
+        return
+    count = workers or os.cpu_count() or 1
+    quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
+    with LocalCluster(n_workers=count, threads_per_worker=1, host="127.0.0.1", **quiet) as cluster:
+        yield [*more, f"--dask_client_address={cluster.scheduler_address}"]

@@ -1,0 +1,290 @@
+"""The DoFns: units through the groups of a segment, and rows through work in cells.
+
+It imports Apache Beam at its top, so that workers find the DoFns by their names; it is itself imported inside
+functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+
+from pairmill.engines import cells_of
+from pairmill.engines.beam.options import Runner
+from pairmill.engines.beam.outbox import Outbox, Place
+from pairmill.execute import Job, Unit, Worker
+from pairmill.isolate import run_unit
+from pairmill.stage import CELL, WORKERS_ENV, CellWork, Resources
+
+METRICS = "pairmill"
+"""Namespace of the counters ``rows/STAGE``, ``errors/STAGE`` and ``dropped/REASON`` and of the distributions
+``milliseconds/STAGE``: the time in a stage's kernel, one value a unit."""
+
+Number = TypeVar("Number", int, float)
+
+
+# -- map segments -----------------------------------------------------------------------------------------------------
+
+
+def unit_result(unit: Unit) -> str:
+    """The name of a unit's result in the outbox."""
+    return f"{unit.shard}.json"
+
+
+class ReadUnit(beam.DoFn):
+    """From where a unit lies to the unit, as JSON."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+
+    def process(self, place: Place) -> Iterator[str]:
+        """Read one unit."""
+        if self._outbox.is_open():
+            yield self._outbox.read_part(place).decode()
+
+
+class RunGroup(beam.DoFn):
+    """Runs one group of a job over units. What the last group finishes, and what failed, goes into the outbox."""
+
+    def __init__(self, job: Job, group: int, wanted: Sequence[int], outbox: Outbox, processes: int) -> None:
+        self._job = job
+        self._group = group
+        self._wanted = tuple(wanted)
+        self._outbox = outbox
+        self._processes = processes
+        self._last = group == len(job.groups) - 1
+
+    def setup(self) -> None:
+        """Begin to load what the group needs, unless another DoFn of this process has done so."""
+        _tell(self._processes)
+        _crew(self._job, self._group, self._wanted)
+
+    def process(self, text: str) -> Iterator[str]:
+        """Run the group over one unit."""
+        if not self._outbox.is_open():
+            return
+        unit = Unit.loads(text)
+        with _crew(self._job, self._group, self._wanted).worker() as worker:
+            done = run_unit(worker, unit)
+        _count(unit, done)
+        if self._last or done.failure is not None:
+            self._outbox.put(unit_result(done), done.dumps().encode())
+        else:
+            yield done.dumps()
+
+
+class _Crew:
+    """The workers of a group in this process. A group with models has one, which all threads take in turn: weights are
+    loaded once a process. Other groups get a worker a thread."""
+
+    def __init__(self, job: Job, group: int, wanted: Sequence[int]) -> None:
+        self.job = job
+        self._group = group
+        self._wanted = wanted
+        self._turn = threading.Lock() if job.groups[group].resources.actor else contextlib.nullcontext()
+        self._idle = [self._new()]
+
+    def _new(self) -> Worker:
+        worker = Worker(self.job, self._group)
+        worker.warm(self._wanted)
+        return worker
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """A worker that nobody else uses meanwhile."""
+        with self._turn:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                worker = self._new()
+            try:
+                yield worker
+            finally:
+                self._idle.append(worker)
+
+
+_crews: dict[str, dict[int, _Crew]] = {}
+"""In a worker process: by dataset and group, the crews of the latest job. They outlive the DoFns, which runners make
+and throw away as they like."""
+_hiring = threading.Lock()
+
+
+def _crew(job: Job, group: int, wanted: Sequence[int]) -> _Crew:
+    with _hiring:
+        crews = _crews.setdefault(job.dataset, {})
+        if any(crew.job != job for crew in crews.values()):
+            crews.clear()
+        if group not in crews:
+            crews[group] = _Crew(job, group, wanted)
+        return crews[group]
+
+
+def dismiss(dataset: str) -> None:
+    """Let go of models that a runner in this process has loaded."""
+    with _hiring:
+        _crews.pop(dataset, None)
+
+
+def _tell(processes: int) -> None:
+    if processes > 1:
+        os.environ[WORKERS_ENV] = str(processes)
+
+
+def _count(before: Unit, after: Unit) -> None:
+    """What a group did to a unit, as metrics."""
+    for stage, rows in _more(before.computed, after.computed):
+        Metrics.counter(METRICS, f"rows/{stage}").inc(rows)
+    for reason, rows in _more(before.dropped, after.dropped):
+        Metrics.counter(METRICS, f"dropped/{reason}").inc(rows)
+    for stage, seconds in _more(before.seconds, after.seconds):
+        Metrics.distribution(METRICS, f"milliseconds/{stage}").update(round(1000 * seconds))
+    for stage, (_, errors, _) in after.errors.items():
+        if stage not in before.errors:
+            Metrics.counter(METRICS, f"errors/{stage}").inc(errors)
+
+
+def _more(before: Mapping[str, Number], after: Mapping[str, Number]) -> Iterator[tuple[str, Number]]:
+    for name, value in after.items():
+        if value != before.get(name, 0):
+            yield name, value - before.get(name, 0)
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """Rows in an outbox, for work in cells."""
+
+    indexes: tuple[str, ...]
+    """Files that say where the rows of each cell lie, one for each table."""
+    cells: frozenset[int]
+
+    @property
+    def results(self) -> frozenset[str]:
+        """Names of the answers that are to come."""
+        return frozenset(map(_answer, self.cells))
+
+
+def _answer(cell: int) -> str:
+    return f"{cell}.arrow"
+
+
+def write_rows(outbox: Outbox, tables: Iterable[pa.Table]) -> Written:
+    """Write tables, one after the other: a file a table, in which the rows of each cell lie together."""
+    indexes: list[str] = []
+    every: set[int] = set()
+    for number, table in enumerate(tables):
+        cells = [(rows.column(CELL)[0].as_py(), rows) for rows in cells_of([table])]
+        places = outbox.put_parts(f"rows-{number}", (_table_bytes(rows) for _, rows in cells))
+        index = [(cell, place) for (cell, _), place in zip(cells, places, strict=True)]
+        indexes.append(f"index-{number}.json")
+        outbox.put_in(indexes[-1], json.dumps(index).encode())
+        every.update(cell for cell, _ in cells)
+    return Written(tuple(indexes), frozenset(every))
+
+
+class ReadIndex(beam.DoFn):
+    """From the name of an index to cells, each with where rows of it lie."""
+
+    def __init__(self, outbox: Outbox, left: Collection[str]) -> None:
+        self._outbox = outbox
+        self._left = frozenset(left)
+
+    def process(self, name: str) -> Iterator[tuple[int, Place]]:
+        """Read one index."""
+        if self._outbox.is_open():
+            for cell, (file, start, end) in json.loads(self._outbox.read_in(name)):
+                if _answer(cell) in self._left:
+                    yield cell, (file, start, end)
+
+
+class WorkOnCell(beam.DoFn):
+    """Does the work of one cell; the answer goes into the outbox."""
+
+    def __init__(self, work: CellWork, outbox: Outbox, processes: int) -> None:
+        self._work = work
+        self._outbox = outbox
+        self._processes = processes
+
+    def setup(self) -> None:
+        """Tell the work how many processes there are."""
+        _tell(self._processes)
+
+    def process(self, grouped: tuple[int, Iterable[Place]]) -> None:
+        """Work on one cell."""
+        cell, places = grouped
+        if self._outbox.is_open():
+            parts = [_read_table(self._outbox.read_part(place)) for place in sorted(places)]
+            self._outbox.put(_answer(cell), _table_bytes(self._work(pa.concat_tables(parts))))
+
+
+def read_answer(data: bytes) -> pa.Table:
+    """An answer of `WorkOnCell`, as it lies in the outbox."""
+    return _read_table(data)
+
+
+def _table_bytes(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def _read_table(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def units_pipeline(runner: Runner, job: Job, units: Sequence[Unit], outbox: Outbox) -> beam.Pipeline:
+    """All groups of a job's segment over some units. What moves from group to group is the JSON of a unit."""
+    wanted = sorted({stage for unit in units for stage in unit.wanted})
+    places = outbox.put_parts("units", (unit.dumps().encode() for unit in units))
+    pipeline = beam.Pipeline(options=runner.options)
+    stream = pipeline | "units" >> beam.Create(places) | "read" >> beam.ParDo(ReadUnit(outbox)).with_output_types(str)
+    for index, group in enumerate(job.groups):
+        if index:
+            stream |= f"spread {index}" >> beam.Reshuffle()
+        step = beam.ParDo(RunGroup(job, index, wanted, outbox, runner.processes)).with_output_types(str)
+        stream |= f"{index} {group.title}" >> step.with_resource_hints(**hints(group.resources, runner.accelerator))
+    return pipeline
+
+
+def cells_pipeline(
+    runner: Runner, work: CellWork, written: Written, left: Collection[str], outbox: Outbox
+) -> beam.Pipeline:
+    """Work in cells: a GroupByKey of where the rows of each cell lie. `left`: answers that are to come yet."""
+    pipeline = beam.Pipeline(options=runner.options)
+    read = beam.ParDo(ReadIndex(outbox, left)).with_output_types(tuple[int, Place])
+    work_on = beam.ParDo(WorkOnCell(work, outbox, runner.processes))
+    resources = getattr(work, "resources", Resources())
+    _ = (
+        pipeline
+        | "tables" >> beam.Create(written.indexes)
+        | "cells" >> read
+        | "by cell" >> beam.GroupByKey()
+        | "work" >> work_on.with_resource_hints(**hints(resources, runner.accelerator))
+    )
+    return pipeline
+
+
+def hints(resources: Resources, accelerator: str | None) -> dict[str, str]:
+    """What a runner that heeds resource hints (Dataflow) is told about a group's workers."""
+    said = {}
+    if resources.memory:
+        said["min_ram"] = f"{resources.memory}B"
+    if accelerator and (resources.gpus or resources.gpu_if_any):
+        said["accelerator"] = accelerator
+    return said
