@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import threading
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
@@ -122,7 +123,21 @@ def _in_child(job: Job, group: int, unit: Unit, care: Care) -> Unit | None:
     return Unit.loads(text)
 
 
+def die_with_parent() -> None:
+    """In a process that multiprocessing started: end when its parent does, were it by SIGKILL. Otherwise it would wait
+    for work for ever, with its models in memory."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="pairmill-parent", daemon=True).start()
+
+
 def _child(job: Job, group: int, text: str, care: Care, sender: Connection) -> None:
+    die_with_parent()
     unit = Unit.loads(text)
     try:
         unit = Worker(job, group, care).run(unit)

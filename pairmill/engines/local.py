@@ -16,7 +16,7 @@ import pyarrow as pa
 from pairmill.engines import in_cells
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
-from pairmill.isolate import run_unit
+from pairmill.isolate import die_with_parent, run_unit
 from pairmill.stage import WORKERS_ENV, CellWork
 from schemas.config import Engine as EngineConfig
 
@@ -119,6 +119,7 @@ _process_workers: list[Worker] = []
 def _initialize(job: Job, workers: int) -> None:
     import signal
 
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver, which stops the pool in order
     os.environ[WORKERS_ENV] = str(workers)
     _process_workers[:] = _open(job)

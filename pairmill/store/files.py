@@ -13,6 +13,7 @@ import io
 import os
 import posixpath
 import tempfile
+import uuid
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,8 @@ class ShardWriter:
             if dataset.local:
                 folder = dataset.path(table, self._folder)
                 os.makedirs(folder, exist_ok=True)
-                self._temporary = os.path.join(folder, f"{name}.{os.getpid()}.tmp")
+                own = uuid.uuid4().hex[:12]  # two machines that share a disk have equal process ids
+                self._temporary = os.path.join(folder, f"{name}.{own}.tmp")
                 file: Any = open(self._temporary, "wb")  # noqa: SIM115 (closed by close() or abort())
             else:
                 file = tempfile.NamedTemporaryFile(prefix="pairmill-", suffix=".tmp", delete=False)  # noqa: SIM115
