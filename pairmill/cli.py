@@ -88,6 +88,11 @@ def _options(
     Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong;
     130 interrupted, run it again to go on.
     """
+    prepare(debug)
+
+
+def prepare(debug: bool) -> None:
+    """Set up logging and the import path, before anything runs."""
     import logging
 
     from pairmill.report.logs import configure_logging
@@ -492,11 +497,11 @@ def check_checkout(packages: Sequence[str] = POLICY_PACKAGES) -> None:
             )
 
 
-def main() -> NoReturn:
-    """Run the command and leave with its exit code."""
+def main(command: typer.Typer = app, name: str = "pairmill") -> NoReturn:
+    """Run the command, or another that behaves like it, and leave with its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(prog_name="pairmill")
+        command(prog_name=name)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this
             _say("interrupted; run the same command again to go on")

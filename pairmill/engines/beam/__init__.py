@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -55,19 +55,35 @@ def beam_engine(config: EngineConfig, dataset: str | None) -> Iterator[BeamEngin
     store = Dataset(dataset)
     clear(store.url)
     with _quiet(), _import_path():
-        try:
-            from pairmill.engines.beam.options import chosen_runner
-        except ImportError as error:
-            raise EngineError(
-                "engine.kind is beam, but Apache Beam is not installed; pip install apache-beam, or run with "
-                "--set engine.kind=local"
-            ) from error
-        with chosen_runner(config.pipeline_options, config.workers, store.local) as runner:
+        with _options().chosen_runner(config.pipeline_options, config.workers, store.local) as runner:
             try:
                 yield BeamEngine(runner, store.url)
             finally:
                 with contextlib.suppress(StoreError):  # then the next run clears up
                     clear(store.url)
+
+
+def check_options(flags: Sequence[str]) -> None:
+    """Find out what is wrong with pipeline options before anything else is done.
+
+    Raises:
+        ConfigError: a wrong option.
+        EngineError: Beam, or what the runner needs, is not installed.
+    """
+    with _quiet():
+        _options().checked(flags)
+
+
+def _options() -> Any:
+    """The module that imports Beam."""
+    try:
+        from pairmill.engines.beam import options
+    except ImportError as error:
+        raise EngineError(
+            "engine.kind is beam, but Apache Beam is not installed; pip install apache-beam, or run with "
+            "--set engine.kind=local"
+        ) from error
+    return options
 
 
 @contextlib.contextmanager

@@ -63,6 +63,30 @@ class Runner:
         return self.options.view_as(PairmillOptions).gpu_accelerator
 
 
+def checked(flags: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the runner, and the options that bring it about.
+
+    Raises:
+        ConfigError: an option that Beam does not know, or a wrong value.
+        EngineError: what the runner needs is not installed.
+    """
+    name, path = _named(flags)
+    flags = [*flags, f"--runner={path}"]
+    if name == "DirectRunner" and not parse(flags).prism_location:
+        # Beam 2.77 would look for Prism first, and fetch it from the web. Of our pipelines none has a trigger.
+        flags += ["--allow_unsafe_triggers"]
+    try:
+        runner = create_runner(path)
+    except (ImportError, AttributeError) as error:
+        extra = {"DataflowRunner": "gcp", "DaskRunner": "dask"}.get(name)
+        advice = f"pip install 'apache-beam[{extra}]'" if extra else "is it spelled right, and installed?"
+        raise EngineError(f"the runner {name} cannot be loaded: {error}; {advice}") from error
+    problems = PipelineOptionsValidator(beam.PipelineOptions(flags), runner).validate()
+    if problems:
+        raise ConfigError("pipeline options: " + "; ".join(str(problem) for problem in problems))
+    return name, flags
+
+
 @contextlib.contextmanager
 def chosen_runner(flags: Sequence[str], workers: int | None, dataset_is_local: bool) -> Iterator[Runner]:
     """The runner that command-line options name, with what has to run beside it.
@@ -76,27 +100,13 @@ def chosen_runner(flags: Sequence[str], workers: int | None, dataset_is_local: b
         ConfigError: an option that Beam does not know, a wrong value, or a runner that cannot reach the dataset.
         EngineError: what the runner needs is not installed.
     """
+    name, flags = checked(flags)
+    if name == "DataflowRunner" and dataset_is_local:
+        raise ConfigError("dataset: Dataflow's workers cannot reach a disk of this machine; give gs://... or s3://...")
     with contextlib.ExitStack() as stack:
-        name, path = _named(flags)
-        flags = [*flags, f"--runner={path}"]
         if name == "DaskRunner":
             flags += stack.enter_context(_dask(flags, workers))
-        if name == "DirectRunner" and not parse(flags).prism_location:
-            # Beam 2.77 would look for Prism first, and fetch it from the web. Of our pipelines none has a trigger.
-            flags += ["--allow_unsafe_triggers"]
         options = beam.PipelineOptions(flags)
-        if name == "DataflowRunner" and dataset_is_local:
-            raise ConfigError(
-                "dataset: Dataflow's workers cannot reach a disk of this machine; give gs://... or s3://..."
-            )
-        try:
-            problems = PipelineOptionsValidator(options, create_runner(path)).validate()
-        except ImportError as error:
-            extra = {"DataflowRunner": "gcp", "DaskRunner": "dask"}.get(name)
-            advice = f"pip install 'apache-beam[{extra}]'" if extra else "install it"
-            raise EngineError(f"the runner {name} cannot be loaded: {error}; {advice}") from error
-        if problems:
-            raise ConfigError("pipeline options: " + "; ".join(str(problem) for problem in problems))
         slots, processes = _size(name, options)
         yield Runner(name, options, slots, processes)
 
@@ -107,6 +117,8 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: an unknown option, or a wrong value.
     """
+    if any("dask" in flag.lower() for flag in flags):
+        _know_dask()
     parser = _Parser(allow_abbrev=False, add_help=False)
     for options in {str(c): c for c in beam.PipelineOptions.__subclasses__()}.values():
         options._add_argparse_args(parser)
@@ -119,6 +131,14 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
             told.append(f"{flag}{f' (did you mean {near[0]}?)' if near else ''}")
         raise ConfigError(f"Beam knows no pipeline option {', '.join(told)}; write options as --name=value")
     return found
+
+
+def _know_dask() -> None:
+    """Dask's options are known once its runner was imported."""
+    try:
+        from apache_beam.runners.dask import dask_runner  # noqa: F401
+    except ImportError as error:
+        raise EngineError(f"Dask is not installed ({error}); pip install 'apache-beam[dask]'") from error
 
 
 class _Parser(beam._BeamArgumentParser):
@@ -158,11 +178,8 @@ def _size(name: str, options: beam.PipelineOptions) -> tuple[int, int]:
 @contextlib.contextmanager
 def _dask(flags: Sequence[str], workers: int | None) -> Iterator[list[str]]:
     """Options for Dask: units one by one, and a cluster on loopback where none is named."""
-    try:
-        from apache_beam.runners.dask import dask_runner  # noqa: F401 (its options are known from here on)
-        from dask.distributed import LocalCluster
-    except ImportError as error:
-        raise EngineError(f"Dask is not installed ({error}); pip install 'apache-beam[dask]'") from error
+    from dask.distributed import LocalCluster
+
     given = parse(flags)
     more = [] if given.npartitions or given.partition_size else ["--dask_partition_size=1"]
     if given.address or given.scheduler_file:
