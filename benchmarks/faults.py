@@ -58,7 +58,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 WORKERS = {"ray": "ray::", "local": "--multiprocessing-fork"}
 """How the command lines of worker processes begin, or what is in them."""
 IDLE = "ray::IDLE"
-OUTLIVE_S = 20.0
+SHARDS = 16
+OUTLIVE_S = 30.0
 """How long processes of a dead driver may be there."""
 
 
@@ -332,13 +333,13 @@ def roads(folder: Path, rows: int) -> Iterator[dict[str, Road]]:
         steps = {
             "source": {"kind": "url_table", "path": str(write_urls(folder / "urls.parquet", texts(rows)))},
             "options": {"pause_s": 0.25},
-            "shard_size": max(1, rows // 40),
+            "shard_size": max(1, rows // SHARDS),
         }
         pages = {
             "source": {"kind": "url_table", "path": str(folder / "web" / "urls.parquet")},
             "download": {"allow_private_addresses": True, "timeout_s": 60, "retries": 0, "per_host": 32},
             "keep": {"clip_score": ">= 0.2", "min_side": 32},
-            "shard_size": max(1, rows // 40),
+            "shard_size": max(1, rows // SHARDS),
         }
         yield {"steps": Road("tests.steps:recipe", steps), "web": Road("clip_filter", pages)}
 
@@ -431,8 +432,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--web", type=int, default=2, help="seeds below it take clip_filter over a procedural web")
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--timeout", type=float, default=300, help="seconds after which a run counts as hanging")
+    parser.add_argument("--rows", type=int, default=240)
+    parser.add_argument("--timeout", type=float, default=400, help="seconds after which a run counts as hanging")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"faults-{time.strftime('%Y-%m-%d')}.json")
     arguments = parser.parse_args()
     bad = 0
