@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -478,6 +479,15 @@ class Care:
             start = end
 
 
+_opening = threading.Lock()
+"""transformers makes models under settings of the whole process: of two that load at a time one lacks its tied weights."""
+
+
+def _open(stage: Stage) -> Kernel:
+    with _opening:
+        return stage.open()
+
+
 class Worker:
     """Holds the opened kernels of a group; lives as long as the process or actor it is in."""
 
@@ -506,14 +516,14 @@ class Worker:
         cold = [s for s in self._group.steps if s.index in wanted and s.index not in {*self._kernels, *self._warming}]
         if cold:
             pool = ThreadPoolExecutor(1, thread_name_prefix="pairmill-warm")
-            self._warming |= {s.index: pool.submit(s.step.open) for s in cold if isinstance(s.step, Stage)}
+            self._warming |= {s.index: pool.submit(_open, s.step) for s in cold if isinstance(s.step, Stage)}
             pool.shutdown(wait=False)
 
     def _kernel(self, planned: PlannedStep) -> Kernel:
         if planned.index not in self._kernels:
             assert isinstance(planned.step, Stage)
             warming = self._warming.pop(planned.index, None)
-            self._kernels[planned.index] = warming.result() if warming else planned.step.open()
+            self._kernels[planned.index] = warming.result() if warming else _open(planned.step)
         return self._kernels[planned.index]
 
     def run(self, unit: Unit) -> Unit:
