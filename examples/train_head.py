@@ -24,7 +24,7 @@ SCENES, HELD_OUT, PENALTY = 3000, 600, 1e-2
 rng = random.Random(0)
 scenes = [sample_scene(rng, objects=rng.randint(1, 3)) for _ in range(SCENES)]
 clip = load_clip(ModelRef.of(ModelChoice(name="tiny")))
-x = clip.embed_images([render(scene) for scene in scenes], batch=32).astype(np.float64)
+x = clip.embed_images([render(scene) for scene in scenes]).astype(np.float64)
 y = np.array([len(scene.objects) for scene in scenes], dtype=np.float64)
 
 train, test = slice(HELD_OUT, None), slice(0, HELD_OUT)

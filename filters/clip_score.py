@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from filters.image_rules import missing_image, with_image
-from pairmill.models import ModelRef, Vectors, load_clip, model_resources
+from pairmill.clip import Vectors
+from pairmill.models import ModelRef, load_clip, model_resources
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import Models
@@ -21,7 +22,7 @@ class ClipScore(Stage):
 
     A row without image is dropped; with an empty (or null) list of texts its scores are null; a null text has a null
     score. Results do not depend on the number of rows a kernel call has or on threads, to the last bit (see
-    `pairmill.models.LoadedClip`). `precision` is part of the identity. `device` and `batch` are not: they move a
+    `pairmill.passes`). `precision` is part of the identity. `device` and `batch` are not: they move a
     score in its last bits only (fp32: by less than 1e-6), which no threshold should rest on.
     """
 
@@ -32,8 +33,8 @@ class ClipScore(Stage):
     model: ModelRef
     precision: str = "fp32"
     device: str = field(default="auto", metadata={"identity": False})
-    batch: int = field(default=32, metadata={"identity": False})
-    """Rows a forward pass."""
+    batch: int | Literal["auto"] = field(default="auto", metadata={"identity": False})
+    """Rows a forward pass (`pairmill.passes.rows_a_pass`)."""
 
     resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
 
@@ -45,14 +46,14 @@ class ClipScore(Stage):
 
     def open(self) -> Kernel:
         """Load the model."""
-        clip = load_clip(self.model, self.device, self.precision)
+        clip = load_clip(self.model, self.device, self.precision, self.batch, self.resources.gpus or 1.0)
 
         def kernel(batch: Batch) -> pa.Table:
             rows, positions = with_image(batch)
-            images = clip.embed_images(rows.images(), self.batch)
+            images = clip.embed_images(rows.images())
             texts = [[t["text"] for t in row or ()] for row in rows.pylist(fields.TEXTS.name)]
             flat = [(i, text) for i, row in enumerate(texts) for text in row if text is not None]
-            vectors = clip.embed_texts([text for _, text in flat], self.batch)
+            vectors = clip.embed_texts([text for _, text in flat])
             cosines = iter(_cosines(images[[i for i, _ in flat]], vectors) if flat else ())
             scores = [[None if text is None else next(cosines) for text in row] or None for row in texts]
             first = [row[0] if row else None for row in scores]
@@ -80,8 +81,8 @@ class CaptionClipScore(Stage):
     model: ModelRef
     precision: str = "fp32"
     device: str = field(default="auto", metadata={"identity": False})
-    batch: int = field(default=32, metadata={"identity": False})
-    """Rows a forward pass."""
+    batch: int | Literal["auto"] = field(default="auto", metadata={"identity": False})
+    """Rows a forward pass (`pairmill.passes.rows_a_pass`)."""
 
     resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
 
@@ -93,7 +94,7 @@ class CaptionClipScore(Stage):
 
     def open(self) -> Kernel:
         """Load the model."""
-        clip = load_clip(self.model, self.device, self.precision)
+        clip = load_clip(self.model, self.device, self.precision, self.batch, self.resources.gpus or 1.0)
 
         def kernel(batch: Batch) -> pa.Table:
             images = batch.pylist(fields.CLIP_IMAGE.name)
@@ -103,7 +104,7 @@ class CaptionClipScore(Stage):
                 for image, row in zip(images, captions, strict=True)
             ]
             flat = [(i, text) for i, row in enumerate(texts) for text in row if text is not None]
-            vectors = clip.embed_texts([text for _, text in flat], self.batch)
+            vectors = clip.embed_texts([text for _, text in flat])
             left = np.array([images[i] for i, _ in flat], dtype=np.float32)
             cosines = iter(_cosines(left, vectors) if flat else ())
             scores = [[None if text is None else next(cosines) for text in row] or None for row in texts]

@@ -10,21 +10,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
+from pairmill.clip import LoadedClip
 from pairmill.errors import ConfigError
-from pairmill.passes import in_passes, padded
 from pairmill.stage import Resources
 from pairmill.weights import tiny_clip_dir
 from pairmill.weights_cache import folder_sha256, local_path
 from schemas.config import ModelChoice, Models
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
 
 TINY = "tiny"
 """The word for the model that the package ships."""
@@ -100,69 +93,21 @@ def resolve_device(device: str, key: str = "models.device") -> str:
     return ("cuda" if available else "cpu") if device == "auto" else device
 
 
-Vectors = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class LoadedClip:
-    """A CLIP-like model in memory, in evaluation mode, with what prepares its inputs.
-
-    Embeddings do not depend, to the last bit, on how many items a call has, on their order or on the number of threads:
-    every forward pass has exactly `batch` rows (the last one padded), because kernels for other shapes add in another
-    order, and on a CPU every pass runs on one thread, because the split of a product among threads depends on their
-    number (seen with ViT-B-32 at batch 7, 1 against 2 threads). Several passes run side by side instead, which on a
-    busy machine is also faster (3.3 s against 12.5 s for 4 passes on 2 shared cores).
-    """
-
-    model: Any
-    preprocess: Callable[[Image.Image], torch.Tensor]
-    tokenizer: Callable[[list[str]], torch.Tensor]
-    device: str
-    input_dtype: Any = None
-    """torch.dtype of pixels, where the model wants another than float32."""
-
-    def embed_images(self, images: Sequence[Image.Image], batch: int) -> Vectors:
-        """Unit-length embeddings of RGB images, float32 of shape (images, dimensions)."""
-
-        def encode(chunk: Sequence[Image.Image]) -> torch.Tensor:
-            import torch
-
-            pixels = torch.stack([self.preprocess(image) for image in chunk])
-            return self.model.encode_image(padded(pixels, batch).to(self.device, self.input_dtype))
-
-        return self._embed(images, batch, encode)
-
-    def embed_texts(self, texts: Sequence[str], batch: int) -> Vectors:
-        """Unit-length embeddings of texts, float32 of shape (texts, dimensions)."""
-
-        def encode(chunk: Sequence[str]) -> torch.Tensor:
-            return self.model.encode_text(padded(self.tokenizer(list(chunk)), batch).to(self.device))
-
-        return self._embed(texts, batch, encode)
-
-    def _embed(self, items: Sequence[Any], batch: int, encode: Callable[[Sequence[Any]], torch.Tensor]) -> Vectors:
-        def forward(chunk: Sequence[Any]) -> Vectors:
-            return _unit(encode(chunk)[: len(chunk)].float().cpu().numpy())
-
-        parts = in_passes(forward, [items[start : start + batch] for start in range(0, len(items), batch)], self.device)
-        return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
-
-
-def _unit(vectors: npt.NDArray[Any]) -> Vectors:
-    """Rows divided by their length, in float64 so that the rounding is the same on every machine."""
-    wide = vectors.astype(np.float64)
-    lengths = np.sqrt(np.einsum("ij,ij->i", wide, wide))
-    unit: Vectors = (wide / np.maximum(lengths, 1e-12)[:, None]).astype(np.float32)
-    return unit
-
-
-def load_clip(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> LoadedClip:
+def load_clip(
+    ref: ModelRef,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch: int | Literal["auto"] = "auto",
+    share: float = 1.0,
+) -> LoadedClip:
     """Load a CLIP-like model by open_clip: from a local folder in open_clip's format, by a name and pretrained tag that
     open_clip knows, or by ``hf-hub:owner/name``. Weights of a name are fetched (or taken from the local cache).
 
     Args:
         device: auto, cpu or cuda.
         precision: fp32 or bf16, of the arithmetic.
+        batch: rows of a forward pass; on a CPU an upper bound.
+        share: this worker's part of a GPU, 0 to 1.
 
     Raises:
         ConfigError: unknown name or tag, incomplete folder, weights that cannot be fetched or do not fit.
@@ -171,6 +116,9 @@ def load_clip(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> L
 
     ensure_torchvision()
     import open_clip
+    import torch
+
+    from pairmill.onednn import pack
 
     place = resolve_device(device)
     name, weights = _resolve(ref)
@@ -181,7 +129,12 @@ def load_clip(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> L
         raise ConfigError(
             f"models.clip: {ref} cannot be loaded ({error}); do config, weights and tokenizer fit?"
         ) from error
-    return LoadedClip(model.eval(), preprocess, tokenizer, place, open_clip.get_input_dtype(precision))
+    model.eval()
+    if place == "cpu":
+        pack(model)
+    model.visual.to(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return LoadedClip(model, preprocess, tokenizer, place, dtype, batch, share)
 
 
 def _resolve(ref: ModelRef) -> tuple[str, dict[str, Any]]:

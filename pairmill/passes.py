@@ -72,7 +72,7 @@ class Passes:
 
         Args:
             items: taken by index, in the thread that needs them, so a lazy sequence does its work there.
-            rows: of each pass, as long as memory holds it.
+            rows: of each pass, as long as memory holds them.
             forward: takes a pass's inputs, always the same number of rows (copies of the first fill the last pass), and
                 returns as many results: a tensor with a row for each, or a list. It must be safe to call from several
                 threads at once.
@@ -183,48 +183,37 @@ def rows_a_pass(
     share: float = 1.0,
     most: int = AUTO_MOST,
 ) -> int:
-    """Rows of a forward pass: `batch` where it is a number, else as many as the device holds.
+    """Rows of a forward pass: on a CPU `on_cpu`, on a GPU as many as it holds, and never more than `batch` says.
 
     On a GPU the memory of two small passes is measured and extrapolated, `AUTO_SHARE` of the worker's part of the
-    device is filled, and the result is a power of two. It is the same on equal hardware: what others have taken of the
-    device at the moment does not count.
+    device is filled, and the result is a power of two. It is the same on equal hardware: neither what others have taken
+    of the device at the moment nor the number of workers counts.
 
     Args:
-        batch: ``models.batch`` of a config.
+        batch: ``models.batch`` of a config: rows on a GPU, and at most on a CPU; or auto.
         device: cpu or cuda.
-        on_cpu: rows on a CPU, where bigger passes are no faster.
+        on_cpu: rows on a CPU, where bigger passes are no faster and are padded more.
         run: a whole pass of so many rows, the inputs on the device.
-        share: the worker's part of the device, 0 to 1 (`device_share`).
+        share: the worker's part of the device: the GPUs that it has booked, where that is less than one.
         most: rows at most.
     """
+    if device == "cpu":
+        return on_cpu if batch == "auto" else min(batch, on_cpu)
     if batch != "auto":
         return batch
-    if device == "cpu":
-        return on_cpu
     import torch
 
     few, more = (_peak_bytes(run, rows) for rows in AUTO_PROBES)
     a_row = max(1.0, (more - few) / (AUTO_PROBES[1] - AUTO_PROBES[0]))
     fixed = max(0.0, few - a_row * AUTO_PROBES[0])
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return power_of_two((total * share * AUTO_SHARE - fixed) / a_row, most)
+    return power_of_two((total * min(1.0, share) * AUTO_SHARE - fixed) / a_row, most)
 
 
 def power_of_two(rows: float, most: int) -> int:
     """The largest power of two that is neither above `rows` nor above `most`; 1 at least."""
     limit = int(min(rows, most))
     return 1 << (limit.bit_length() - 1) if limit > 1 else 1
-
-
-def device_share(gpus: float, workers: int) -> float:
-    """A worker's part of one GPU.
-
-    Args:
-        gpus: what the worker has booked (`pairmill.stage.Resources.gpus`): a fraction is its part; 0 where nothing is
-            booked, as in processes of one machine.
-        workers: processes of the run side by side, which share the device where nothing is booked.
-    """
-    return min(1.0, gpus) if gpus else 1.0 / max(1, workers)
 
 
 @contextlib.contextmanager

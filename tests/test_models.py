@@ -50,12 +50,12 @@ def test_the_word_tiny_is_the_shipped_folder() -> None:
 def test_a_folder_loads_and_embeds(folder: Path) -> None:
     clip = load_clip(ModelRef(path=str(folder)), "cpu")
     images = [Image.new("RGB", (30, 20), color) for color in ("red", "blue", "white")]
-    vectors = clip.embed_images(images, batch=2)
+    vectors = clip.embed_images(images)
     assert vectors.shape == (3, 64)
     assert vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
-    assert clip.embed_texts(["a red circle"], batch=4).shape == (1, 64)
-    assert len(clip.embed_texts([], batch=4)) == 0
+    assert clip.embed_texts(["a red circle"]).shape == (1, 64)
+    assert len(clip.embed_texts([])) == 0
     assert not clip.model.training
 
 
@@ -130,7 +130,7 @@ def test_a_hub_repository_loads_from_its_local_copy(folder: Path, monkeypatch: p
     clip = load_clip(ModelRef("hf-hub:someone/some-clip", revision="abc"), "cpu")
     assert asked["repository"] == "someone/some-clip"
     assert asked["revision"] == "abc"
-    assert clip.embed_texts(["photo"], 1).shape == (1, 64)
+    assert clip.embed_texts(["photo"]).shape == (1, 64)
 
 
 def test_a_published_tag_brings_its_preprocessing_and_activation(

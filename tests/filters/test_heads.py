@@ -312,7 +312,7 @@ def test_the_head_of_the_examples_counts_objects():
     clip = load_clip(ModelRef.of(ModelChoice(name="tiny")))
     rng = random.Random(7)
     scenes = [sample_scene(rng, objects=1 + i % 3) for i in range(48)]
-    vectors = clip.embed_images([render(scene) for scene in scenes], batch=32)
+    vectors = clip.embed_images([render(scene) for scene in scenes])
     told = scores(stage(Path("examples/heads"), "objects"), vectors)
     right = [(score or 0) >= 1.5 for score in told] == [len(scene.objects) > 1 for scene in scenes]
     assert right and np.corrcoef(np.array(told, float), [len(s.objects) for s in scenes])[0, 1] > 0.9
