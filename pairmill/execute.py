@@ -480,7 +480,7 @@ class Care:
 
 
 _opening = threading.Lock()
-"""transformers makes models under settings of the whole process: of two that load at a time one lacks its tied weights."""
+"""transformers loads under settings of the whole process: of two models that load at a time, one lost tied weights."""
 
 
 def _open(stage: Stage) -> Kernel:
