@@ -54,13 +54,16 @@ def beam_engine(config: EngineConfig, dataset: str | None) -> Iterator[BeamEngin
         raise ConfigError("engine.kind beam needs the URL of a dataset, through which driver and workers speak")
     store = Dataset(dataset)
     clear(store.url)
-    with _quiet(), _import_path():
-        with _options().chosen_runner(config.pipeline_options, config.workers, store.local) as runner:
-            try:
-                yield BeamEngine(runner, store.url)
-            finally:
-                with contextlib.suppress(StoreError):  # then the next run clears up
-                    clear(store.url)
+    with (
+        _quiet(),
+        _import_path(),
+        _options().chosen_runner(config.pipeline_options, config.workers, store.local) as runner,
+    ):
+        try:
+            yield BeamEngine(runner, store.url)
+        finally:
+            with contextlib.suppress(StoreError):  # then the next run clears up
+                clear(store.url)
 
 
 def check_options(flags: Sequence[str]) -> None:

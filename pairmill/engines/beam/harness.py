@@ -18,46 +18,60 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def mended() -> Iterator[threading.Event]:
     """The death of a worker process ends the pipeline with an error, and sets the event; ports are on loopback."""
-    from apache_beam.portability import python_urns
-    from apache_beam.runners.portability import local_job_service
-    from apache_beam.runners.portability.fn_api_runner import worker_handlers
-
     lost = threading.Event()
+    with _watched_workers(lost), _ports_on_loopback(), _silent_threads():
+        yield lost
+
+
+@contextlib.contextmanager
+def _watched_workers(lost: threading.Event) -> Iterator[None]:
+    from apache_beam.portability import python_urns
+    from apache_beam.runners.portability.fn_api_runner import worker_handlers
+    from apache_beam.runners.portability.local_job_service import SubprocessSdkWorker
 
     class Watched(worker_handlers.SubprocessSdkWorkerHandler):
-        """As Beam itself watches its Docker workers."""
+        """As Beam's own, but that a death is told: as Beam itself does it for its Docker workers."""
 
         def start_worker(self) -> None:
-            self._stopping = False
+            command = self._worker_command_line
             if not log.isEnabledFor(logging.DEBUG):  # they would tell of every channel; errors come by another way
-                self._worker_command_line += b" 2>/dev/null"
-            super().start_worker()
-            threading.Thread(target=self._watch, daemon=True, name="pairmill-watch").start()
+                command += b" 2>/dev/null"
+            self.worker = SubprocessSdkWorker(command, self.control_address, self.provision_info, self.worker_id)
+            self.worker_thread = threading.Thread(name="run_worker", target=self._serve)
+            self.worker_thread.start()
 
-        def _watch(self) -> None:
-            self.worker_thread.join()
-            if not self._stopping:
+        def _serve(self) -> None:
+            try:
+                self.worker.run()
+            except RuntimeError as error:  # it has the exit code
                 lost.set()
-                self.control_conn.abort(RuntimeError("a worker process died"))
-                self.data_conn.close()
-
-        def close(self) -> None:
-            self._stopping = True
-            super().close()
+                self.control_conn.abort(error)
+                with contextlib.suppress(Exception):  # it raises what its reader met, which is the same death
+                    self.data_conn.close()
 
     handlers = worker_handlers.WorkerHandler
     before = handlers._registered_environments[python_urns.SUBPROCESS_SDK]
     handlers.register_environment(python_urns.SUBPROCESS_SDK, bytes)(Watched)
+    try:
+        yield
+    finally:
+        handlers._registered_environments[python_urns.SUBPROCESS_SDK] = before
+
+
+@contextlib.contextmanager
+def _ports_on_loopback() -> Iterator[None]:
+    from apache_beam.runners.portability import local_job_service
+    from apache_beam.runners.portability.fn_api_runner import worker_handlers
+
     modules = (worker_handlers, local_job_service)
     grpc = worker_handlers.grpc
     for module in modules:
         module.grpc = _Loopback(grpc)
     try:
-        yield lost
+        yield
     finally:
         for module in modules:
             module.grpc = grpc
-        handlers._registered_environments[python_urns.SUBPROCESS_SDK] = before
 
 
 class _Loopback:
@@ -74,3 +88,19 @@ class _Loopback:
 
     def add_insecure_port(self, address: str) -> int:
         return int(self._of.add_insecure_port(address.replace("[::]", "127.0.0.1")))
+
+
+@contextlib.contextmanager
+def _silent_threads() -> Iterator[None]:
+    """A lost worker is told once, by us, and not by every thread of Beam's that was speaking with it."""
+    before = threading.excepthook
+
+    def hook(met: threading.ExceptHookArgs) -> None:
+        if met.exc_type.__module__.partition(".")[0] != "grpc":
+            before(met)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -186,6 +186,8 @@ def _dask(flags: Sequence[str], workers: int | None) -> Iterator[list[str]]:
         yield more
         return
     count = workers or os.cpu_count() or 1
-    quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
-    with LocalCluster(n_workers=count, threads_per_worker=1, host="127.0.0.1", **quiet) as cluster:
+    quiet: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}, "silence_logs": 50}
+    # It has an HTTP server even without a dashboard, and warns where the usual port is taken.
+    where = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(n_workers=count, threads_per_worker=1, **where, **quiet) as cluster:
         yield [*more, f"--dask_client_address={cluster.scheduler_address}"]

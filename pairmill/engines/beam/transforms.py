@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import apache_beam as beam
 import pyarrow as pa
@@ -66,7 +67,7 @@ class RunGroup(beam.DoFn):
 
     def setup(self) -> None:
         """Begin to load what the group needs, unless another DoFn of this process has done so."""
-        _tell(self._processes)
+        _prepare(self._processes)
         _crew(self._job, self._group, self._wanted)
 
     def process(self, text: str) -> Iterator[str]:
@@ -135,9 +136,13 @@ def dismiss(dataset: str) -> None:
         _crews.pop(dataset, None)
 
 
-def _tell(processes: int) -> None:
+def _prepare(processes: int) -> None:
+    """Get a worker process ready."""
     if processes > 1:
         os.environ[WORKERS_ENV] = str(processes)
+    process: Any = multiprocessing.current_process()
+    if process.daemon:  # as Dask's are, and then they may have no children, which `pairmill.isolate` needs
+        process._config["daemon"] = False
 
 
 def _count(before: Unit, after: Unit) -> None:
@@ -218,8 +223,8 @@ class WorkOnCell(beam.DoFn):
         self._processes = processes
 
     def setup(self) -> None:
-        """Tell the work how many processes there are."""
-        _tell(self._processes)
+        """Get the process ready."""
+        _prepare(self._processes)
 
     def process(self, grouped: tuple[int, Iterable[Place]]) -> None:
         """Work on one cell."""
