@@ -196,7 +196,7 @@ def _data_url(data: bytes, rows: Batch, uid: str, side: int) -> str:
     with Image.open(io.BytesIO(data)) as opened:  # reads the header only
         fits = opened.format == "JPEG" and opened.mode in ("RGB", "L") and max(opened.size) <= side
     if not fits:
-        image = rows.pixels.decode(uid, data)
+        image = rows.pixels.decode(uid, lambda: data)
         scale = min(1.0, side / max(image.size))
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         data = _jpeg(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))

@@ -11,11 +11,12 @@ import dataclasses
 import hashlib
 import io
 import json
+import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import pyarrow as pa
 
@@ -81,32 +82,76 @@ class Resources:
 
 
 class PixelCache:
-    """Decoded images of the rows at hand, shared by the stages of one worker; bounded by bytes, oldest out first."""
+    """Decoded images of the rows at hand, shared by the stages and threads of one worker; bounded by bytes, oldest out
+    first."""
 
     def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self._images: dict[str, Image.Image] = {}
         self._bytes = 0
         self._max_bytes = max_bytes
+        self._lock = threading.Lock()
 
-    def decode(self, uid: str, data: bytes) -> Image.Image:
+    def decode(self, uid: str, data: Callable[[], bytes]) -> Image.Image:
         """The upright RGB image of `data`, decoded at most once while it stays in the cache."""
-        image = self._images.get(uid)
+        with self._lock:
+            image = self._images.get(uid)
         if image is None:
             from PIL import Image
 
-            with Image.open(io.BytesIO(data)) as opened:
+            with Image.open(io.BytesIO(data())) as opened:
                 image = opened.convert("RGB")  # stored images are upright and opaque already
-            self._images[uid] = image
-            self._bytes += image.width * image.height * 3
-            while self._bytes > self._max_bytes and len(self._images) > 1:
-                old = self._images.pop(next(iter(self._images)))
-                self._bytes -= old.width * old.height * 3
+            self._keep(uid, image)
         return image
+
+    def _keep(self, uid: str, image: Image.Image) -> None:
+        with self._lock:
+            if uid in self._images:  # another thread was faster
+                return
+            self._images[uid] = image
+            self._bytes += _decoded_bytes(image)
+            while self._bytes > self._max_bytes and len(self._images) > 1:
+                self._bytes -= _decoded_bytes(self._images.pop(next(iter(self._images))))
 
     def clear(self) -> None:
         """Forget all images."""
-        self._images.clear()
-        self._bytes = 0
+        with self._lock:
+            self._images.clear()
+            self._bytes = 0
+
+
+def _decoded_bytes(image: Image.Image) -> int:
+    """What Pillow takes for an RGB image: four bytes a pixel."""
+    return image.width * image.height * 4
+
+
+class Images(Sequence["Image.Image"]):
+    """The decoded upright RGB images of some rows. Each is decoded when it is asked for, by whichever thread asks, so
+    that decoding runs beside what is done with those before it; a slice is as lazy.
+
+    Raises:
+        PIL.UnidentifiedImageError, OSError: on access to an image that cannot be decoded.
+    """
+
+    def __init__(self, table: pa.Table, pixels: PixelCache) -> None:
+        self._table = table
+        self._pixels = pixels
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | Images:
+        if isinstance(index, slice):
+            rows = range(len(self))[index]
+            if rows.step == 1:
+                return Images(self._table.slice(rows.start, len(rows)), self._pixels)
+            return Images(self._table.take(pa.array(rows, pa.int64())), self._pixels)
+        row = range(len(self))[index]
+        image = self._table.column("image")[row]
+        return self._pixels.decode(self._table.column("uid")[row].as_py(), image.as_py)
 
 
 @dataclass(frozen=True)
@@ -127,11 +172,9 @@ class Batch:
         """One column as Python values."""
         return self.table.column(name).to_pylist()
 
-    def images(self) -> list[Image.Image]:
+    def images(self) -> Images:
         """The decoded upright RGB images; needs ``image`` in ``reads``."""
-        return [
-            self.pixels.decode(uid, data) for uid, data in zip(self.pylist("uid"), self.pylist("image"), strict=True)
-        ]
+        return Images(self.table, self.pixels)
 
     def slice(self, start: int, length: int) -> Batch:
         """Some consecutive rows."""
