@@ -258,11 +258,26 @@ CELL = "cell"
 
 CellWork = Callable[[pa.Table], pa.Table]
 """What is done with all rows of one cell, in whatever order they come; picklable, and the same for equal rows. Its
-answer may be empty, but always has the same schema."""
+answer may be empty, but always has the same schema. It may say by an attribute `resources` what it occupies
+(`Resources`: CPUs and GPUs); else it is one CPU."""
 
 Scatter = Callable[[CellWork, Iterable[pa.Table]], Iterator[pa.Table]]
 """Groups the rows of some tables of one schema by their column `CELL`, hands each group to the work as one table, and
-yields the answers in any order (`pairmill.engines.Engine.scatter`)."""
+yields the answers in any order (`pairmill.engines.Engine.scatter`). The tables are asked for as there is room for
+them."""
+
+_WHOLE = {b"pairmill.cells": b"whole"}
+
+
+def whole_cells(table: pa.Table) -> pa.Table:
+    """A table for `Scatter` that has all the rows of its cells, and says so: it goes on to the work at once, where the
+    rows of other tables wait until the last one has come, since any may hold more of the same cell."""
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **_WHOLE})
+
+
+def has_whole_cells(table: pa.Table) -> bool:
+    """Whether `whole_cells` has been said of a table."""
+    return _WHOLE.items() <= (table.schema.metadata or {}).items()
 
 
 class GlobalStage(Step, ABC):

@@ -183,7 +183,7 @@ class Assignment:
         return centres
 
     def parts(self, queries: npt.NDArray[np.bool_]) -> Iterator[tuple[Rows, Rows]]:
-        """For each cell its rows, at most `BLOCK` at a time, and the queries that probe it."""
+        """For each cell its rows and the queries that probe it, at most `BLOCK` of either at a time."""
         own = np.argsort(self.nearest[:, 0], kind="stable")
         edges = np.searchsorted(self.nearest[own, 0], np.arange(self.cells + 1))
         asking = np.flatnonzero(queries)
@@ -193,8 +193,7 @@ class Assignment:
         for cell in range(self.cells):
             rows = own[edges[cell] : edges[cell + 1]]
             probing = asking[order[bounds[cell] : bounds[cell + 1]] // self.nearest.shape[1]]
-            if len(probing):
-                yield from _blocks(rows, probing)
+            yield from _blocks(rows, probing)
 
 
 @dataclass(frozen=True)
@@ -204,13 +203,14 @@ class Flat:
     rows: int
 
     def parts(self, queries: npt.NDArray[np.bool_]) -> Iterator[tuple[Rows, Rows]]:
-        """All rows, at most `BLOCK` at a time, and all queries."""
+        """All rows and all queries, at most `BLOCK` of either at a time."""
         return _blocks(np.arange(self.rows), np.flatnonzero(queries))
 
 
 def _blocks(rows: Rows, queries: Rows) -> Iterator[tuple[Rows, Rows]]:
     for i in range(0, len(rows), BLOCK):
-        yield rows[i : i + BLOCK], queries
+        for j in range(0, len(queries), BLOCK):
+            yield rows[i : i + BLOCK], queries[j : j + BLOCK]
 
 
 def near_pairs(vectors: npt.NDArray[np.int16], rows: Rows, queries: Rows, floor: float) -> Iterator[Near]:
@@ -267,6 +267,13 @@ def _index(vectors: Matrix) -> Any:
     if faiss.get_num_gpus() > 0:
         return faiss.index_cpu_to_gpu(_gpu(), 0, index)
     return index
+
+
+def knows_gpus() -> bool:
+    """Whether the FAISS that is installed can use GPUs, here or on a machine with the same software."""
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources")
 
 
 @functools.cache

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pairmill.dedup.cells import SLACK, Assignment, Embeddings, Flat, Near, default_cells, exact_cosines, near_pairs
+from pairmill.dedup.cells import SLACK, Assignment, Embeddings, Flat, Near, default_cells, exact_cosines
+from pairmill.dedup.search import (
+    CellSearch,
+    Mask,
+    Vectors,
+    answered,
+    cell_tables,
+    positions,
+    prune,
+    storing_order,
+)
 from pairmill.dedup.seniority import Rows, seniority
 from pairmill.stage import GlobalStage, GlobalVerdict, Judgement, Scatter
 from schemas import fields
 from schemas.reasons import Reason
 
-SENIORS = 4
-"""How many of the most senior near rows are stored for every similarity, so that a big cluster is a star around its
-most senior rows: whatever the threshold, and even when up to three of them are dropped for other reasons, its rows
-meet."""
-
-Mask = npt.NDArray[np.bool_]
+MERGE = 2**22
+"""Edges found before they are pruned together for the first time."""
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -60,106 +66,69 @@ class SemanticNeighbours(GlobalStage):
         """The neighbours; null for rows without an embedding."""
         return (fields.NEIGHBOURS,)
 
-    def measure(self, live: pa.Table, todo: pa.BooleanArray, scatter: Scatter) -> pa.Table:  # noqa: ARG002
-        """Search the neighbours of the marked rows among all rows."""
+    def measure(self, live: pa.Table, todo: pa.BooleanArray, scatter: Scatter) -> pa.Table:
+        """Search the neighbours of the marked rows among all rows, in cells that engines work on side by side."""
         marked = np.asarray(todo)
         embeddings = Embeddings(live.column(fields.CLIP_IMAGE.name))
         rank = seniority(live, fields.CLIP_SCORE.name)[embeddings.rows]
-        edges = self._edges(embeddings, rank, marked[embeddings.rows]) if len(embeddings) else Near.concatenate([])
+        search = _Search(embeddings.rounded(), rank, self, scatter)
+        edges = self._edges(embeddings, search, rank, marked[embeddings.rows]) if len(rank) else Near.concatenate([])
         return _lists(live.column("uid"), np.flatnonzero(marked), embeddings.rows, edges)
 
-    def _edges(self, embeddings: Embeddings, rank: Rows, todo: Mask) -> Near:
+    def _edges(self, embeddings: Embeddings, search: _Search, rank: Rows, todo: Mask) -> Near:
         """The edges to store, by vector, in the order in which they are stored."""
-        search = _Search(embeddings.rounded(), rank, self)
-        found, overtaken = search.run(todo, todo)
+        found, overtaken = search.run(todo)
         if overtaken.any():
-            theirs, _ = search.run(overtaken, todo)
+            theirs, _ = search.run(overtaken)
             theirs = theirs.where(todo[theirs.other] & (rank[theirs.other] < rank[theirs.query]))
             found = Near.concatenate([found, Near(theirs.other, theirs.query, theirs.similarity)])
             _, first = np.unique(found.query * len(rank) + found.other, return_index=True)
             found = found.where(first)
         exact = Near(found.query, found.other, exact_cosines(embeddings, found.query, found.other))
         exact = exact.where(exact.similarity >= np.float32(self.floor))
-        return exact.where(_order(exact, rank))
+        return exact.where(storing_order(exact, rank))
 
 
 class _Search:
     """Searches one set of vectors."""
 
-    def __init__(self, vectors: npt.NDArray[np.int16], rank: Rows, stage: SemanticNeighbours) -> None:
+    def __init__(self, vectors: Vectors, rank: Rows, stage: SemanticNeighbours, scatter: Scatter) -> None:
         self._vectors = vectors
         self._rank = rank
         self._stage = stage
+        self._scatter = scatter
         self._cells: dict[int, Assignment] = {}
 
-    def run(self, queries: Mask, todo: Mask) -> tuple[Near, Mask]:
-        """The edges of the queries, and the rows that are not `todo` but near to a query that is senior to them."""
-        found: list[Near] = []
+    def run(self, queries: Mask) -> tuple[Near, Mask]:
+        """The edges of the queries, and the rows that are no queries but near to one that is senior to them."""
         overtaken = np.zeros(len(queries), dtype=bool)
-        for rows, asking in self._parts(queries):
-            shown, hidden = _few_of_each(self._vectors, rows[np.argsort(self._rank[rows])], self._stage.neighbours + 1)
-            for near in near_pairs(self._vectors, shown, asking, self._stage.floor - SLACK):
-                if len(near):
-                    overtaken[near.other[self._rank[near.query] < self._rank[near.other]]] = True
-                    overtaken[hidden[self._rank[near.query].min() < self._rank[hidden]]] = True
-                    found.append(prune(near, self._rank, self._stage.neighbours))
-        return prune(Near.concatenate(found), self._rank, self._stage.neighbours), overtaken & ~todo
+        parts: list[Near] = []
+        edges, full = 0, MERGE
+        for answer in self._answers(queries):
+            near, rows = answered(answer)
+            overtaken[rows] = True
+            parts.append(near)
+            edges += len(near)
+            if edges > full:
+                parts = [self._pruned(parts)]
+                edges = len(parts[0])
+                full = max(MERGE, 2 * edges)
+        return self._pruned(parts), overtaken & ~queries
 
-    def _parts(self, queries: Mask) -> Iterator[tuple[Rows, Rows]]:
+    def _pruned(self, parts: list[Near]) -> Near:
+        return prune(Near.concatenate(parts), self._rank, self._stage.neighbours)
+
+    def _answers(self, queries: Mask) -> Iterator[pa.Table]:
+        """What the work on each cell answers. Where all is one cell the work is done here: it is small, or it is so
+        little for each vector that sending the vectors away would cost as much."""
         stage, rows = self._stage, len(queries)
+        work = CellSearch(stage.floor - SLACK, stage.neighbours)
         cells = stage.cells or default_cells(rows, int(queries.sum()))
         if cells == 1:
-            return Flat(rows).parts(queries)
+            return map(work, cell_tables(self._vectors, self._rank, Flat(rows).parts(queries)))
         if cells not in self._cells:
             self._cells[cells] = Assignment(self._vectors, cells, stage.probe)
-        return self._cells[cells].parts(queries)
-
-
-def _few_of_each(vectors: npt.NDArray[np.int16], rows: Rows, most: int) -> tuple[Rows, Rows]:
-    """Splits rows into the first `most` of each group of equal vectors, and the rest: more of them could not be stored,
-    and a placeholder image that many sites share would cost the square of its number."""
-    if len(rows) <= most:
-        return rows, rows[:0]
-    block = np.ascontiguousarray(vectors[rows])
-    _, group = np.unique(block.view(np.dtype((np.void, block.itemsize * block.shape[1]))), return_inverse=True)
-    group = group.ravel()
-    order = np.argsort(group, kind="stable")
-    position = np.empty(len(rows), dtype=np.int64)
-    position[order] = _positions(group[order])
-    return rows[position < most], rows[position >= most]
-
-
-def _positions(group: npt.NDArray[Any]) -> Rows:
-    """The position of each element within its run of equal values."""
-    starts = np.flatnonzero(np.r_[True, np.diff(group) != 0]) if len(group) else np.empty(0, dtype=np.int64)
-    return np.arange(len(group)) - np.repeat(starts, np.diff(np.r_[starts, len(group)]))
-
-
-def _order(near: Near, rank: Rows) -> Rows:
-    """By query, then most similar first, then most senior first."""
-    return np.lexsort((rank[near.other], -near.similarity, near.query))
-
-
-def prune(near: Near, rank: Rows, most: int) -> Near:
-    """The edges worth storing: for each query the `most` most similar rows and `SENIORS` layers of the senior ones.
-
-    The first layer holds the rows to which no other is both as similar and more senior; the next layer is the same
-    without the first. So for any similarity t, the `SENIORS` most senior rows at t or above are in some layer. What is
-    pruned in parts and pruned again together is the same as pruned once.
-    """
-    near = near.where(_order(near, rank))
-    keep = _positions(near.query) < most
-    if keep.all():
-        return near
-    # Subtracting a large step for each query makes one running minimum serve all queries.
-    key = rank[near.other] - (np.cumsum(np.r_[0, np.diff(near.query) != 0])) * (int(rank.max()) + 1)
-    left = np.arange(len(near))
-    for _ in range(SENIORS):
-        lowest = np.minimum.accumulate(key[left])
-        layer = np.r_[True, key[left][1:] < lowest[:-1]][: len(left)]
-        keep[left[layer]] = True
-        left = left[~layer]
-    return near.where(keep)
+        return self._scatter(work, cell_tables(self._vectors, self._rank, self._cells[cells].parts(queries)))
 
 
 def _lists(uids: pa.ChunkedArray, todo: Rows, rows: Rows, edges: Near, block: int = 262_144) -> pa.Table:
@@ -218,8 +187,8 @@ class SemanticDuplicates(GlobalVerdict):
         dropped = greedy_duplicates(rank, junior, senior)
         counts = dropped[junior] & ~dropped[senior]
         centres = Near(junior[counts], senior[counts], edges.similarity[counts])
-        centres = centres.where(_order(centres, rank))
-        return _judgement(live.column("uid"), centres.where(_positions(centres.query) == 0))
+        centres = centres.where(storing_order(centres, rank))
+        return _judgement(live.column("uid"), centres.where(positions(centres.query) == 0))
 
 
 def _stored(uids: pa.ChunkedArray, lists: pa.ChunkedArray, threshold: float) -> Near:

@@ -7,16 +7,16 @@ alike.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pairmill.execute import Job, Unit
-from pairmill.stage import CELL, CellWork
+from pairmill.stage import CELL, CellWork, has_whole_cells
 from schemas.config import Engine as EngineConfig
 
 
@@ -41,13 +41,31 @@ class Engine(Protocol):
 
 
 def in_cells(work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """`Engine.scatter` in this process: the rows are held in memory, and the cells done one after the other."""
-    table = pa.concat_tables(rows)
-    order = pc.sort_indices(table, sort_keys=[(CELL, "ascending")])
-    table = table.take(order)
-    _, starts = np.unique(table.column(CELL).to_numpy(), return_index=True)
-    for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True):
-        yield work(table.slice(start, end - start))
+    """`Engine.scatter` in this process, one cell after the other."""
+    return map(work, cells_of(rows))
+
+
+def cells_of(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows as one table a cell. Tables that say that they have whole cells (`pairmill.stage.whole_cells`) are taken
+    as they are needed; the rows of others are held in memory."""
+    held = []
+    for table in rows:
+        if has_whole_cells(table):
+            yield from _by_cell(table)
+        else:
+            held.append(table)
+    if held:
+        yield from _by_cell(pa.concat_tables(held))
+
+
+def _by_cell(table: pa.Table) -> Iterator[pa.Table]:
+    cells = table.column(CELL).to_numpy()
+    if np.any(cells[1:] < cells[:-1]):
+        order = np.argsort(cells, kind="stable")
+        table, cells = table.take(order), cells[order]
+    _, starts = np.unique(cells, return_index=True)
+    for start, end in itertools.pairwise([*starts, table.num_rows]):
+        yield table.slice(start, end - start)
 
 
 def open_engine(config: EngineConfig, dataset: str | None = None) -> AbstractContextManager[Engine]:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairmill.dedup import cells, steps
-from pairmill.dedup.semantic import SENIORS, SemanticDuplicates, SemanticNeighbours, colour_distance, greedy_duplicates
+from pairmill.dedup.search import SENIORS
+from pairmill.dedup.semantic import SemanticDuplicates, SemanticNeighbours, colour_distance, greedy_duplicates
 from pairmill.engines import in_cells
 from pairmill.errors import ConfigError, ContractError
 from schemas.config import Dedup
