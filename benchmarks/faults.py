@@ -55,6 +55,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "local": {"kind": "local", "workers": 2},
     "beam": {"kind": "beam"},
 }
+BEAM = ("--runner=FnApiRunner", "--direct_num_workers=2", "--direct_running_mode=multi_processing")
+"""Beam's local runner with worker processes of its own."""
 WORKERS = {"ray": "ray::", "local": "--multiprocessing-fork"}
 """How the command lines of worker processes begin, or what is in them."""
 IDLE = "ray::IDLE"
@@ -82,6 +84,8 @@ class Trial:
     engine: str
     seed: int
     recipe: str
+    revision: str
+    """Of pairmill."""
     kills: list[Kill] = field(default_factory=list)
     joined_s: float | None = None
     """When another machine joined."""
@@ -119,7 +123,7 @@ class Command:
 
     def __init__(self, config: Path) -> None:
         engine = yaml.safe_load(config.read_text())["engine"]["kind"]
-        verb = ["beam_runner.py", str(config)] if engine == "beam" else ["-m", "pairmill", "run", str(config)]
+        verb = ["beam_runner.py", str(config), *BEAM] if engine == "beam" else ["-m", "pairmill", "run", str(config)]
         self.dataset = config.parent / "dataset"
         self._said = config.parent / "said.txt"
         with self._said.open("ab") as said:
@@ -354,7 +358,7 @@ class Soak:
     def run(self, kind: str, engine: str, seed: int, name: str) -> Trial:
         """One disturbed run."""
         road = self._roads[name]
-        trial = Trial(kind, engine, seed, road.recipe)
+        trial = Trial(kind, engine, seed, road.recipe, revision())
         if kind == "node" and self._machines is None:
             self._machines = Machines()
         self._prepare(road)
@@ -395,6 +399,12 @@ class Soak:
             if found.get(table, {}).get(column) != digest
         ]
         return f"different: {', '.join(differ)}" if differ or found.keys() != road.expected.keys() else "equal"
+
+
+def revision() -> str:
+    """The commit of this checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def line(trial: Trial) -> str:
