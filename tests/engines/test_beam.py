@@ -1,35 +1,187 @@
-"""Beam: on each runner that runs here the results of the local engine, and a worker that dies costs a row."""
+"""Beam: on each runner that runs here the results of the local engine; what kills a worker costs a row, and what kills
+the driver costs nothing; its metrics."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from pairmill.engines.beam.outbox import FOLDER
+from pairmill.engines import in_cells, open_engine
+from pairmill.engines.beam import BeamEngine
+from pairmill.engines.beam.outbox import FOLDER, Outbox, clear
+from pairmill.errors import EngineError
+from pairmill.execute import Frame, Job, Unit, table_files, units_to_do
 from pairmill.isolate import MARKS
+from pairmill.plan import compile_plan
 from pairmill.report.progress import Silent
-from pairmill.run import refresh
+from pairmill.run import load_recipe, refresh
+from pairmill.store import Dataset
+from schemas.config import RunConfig
 from tests.contract.test_equality import table_digests
+from tests.engines.beam_steps import rank
 from tests.steps import config, texts, write_urls
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+IN_MEMORY = ("--runner=FnApiRunner",)
 PROCESSES = ("--runner=FnApiRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2")
-DASK = ("--runner=DaskRunner",)
+RECIPE = "tests.engines.beam_steps:recipe"
 
 
 def beam(*options: str) -> dict[str, object]:
     return {"kind": "beam", "pipeline_options": options, "workers": 2}
 
 
-@pytest.mark.parametrize("options", [PROCESSES, DASK], ids=["processes", "dask"])
-def test_a_row_that_kills_its_worker_is_quarantined_and_all_others_are_as_ever(
-    tmp_path: Path, options: tuple[str, ...]
-):
-    """Three shards of which one kills; the local engine is told the answer, since there it would kill the test."""
-    table = write_urls(tmp_path / "urls.parquet", [*texts(30), "abort the worker", *texts(25)])
-    run = config(tmp_path, table, engine=beam(*options), options={"words": 0}, shard_size=20)
+# -- equality, and workers that die --
+
+
+def deadly(root: Path, table: Path, engine: dict[str, object]) -> dict[str, dict[str, str]]:
+    """The tables of a run over three shards, in one of which a row kills its worker."""
+    run = config(root, table, engine=engine, recipe=RECIPE, options={"words": 0}, shard_size=20)
     record = refresh(run, Silent()).snapshot
     assert record is not None and record.reasons["error.crash"] == 1
     assert record.admitted == 56 == record.kept + sum(record.reasons.values())
+    assert not list((root / "dataset" / MARKS).iterdir())
+    return table_digests(run)
+
+
+def test_a_row_that_kills_its_worker_is_quarantined_on_beams_own_processes_and_on_dask(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", [*texts(30), "abort the worker", *texts(25)])
+    processes = deadly(tmp_path / "processes", table, beam(*PROCESSES))
+    assert deadly(tmp_path / "dask", table, beam("--runner=DaskRunner")) == processes
+    assert not list(tmp_path.glob(f"*/dataset/{FOLDER}")), "the outboxes go"
+
+
+# -- a driver that is interrupted, one that is killed --
+
+
+def started(folder: Path) -> subprocess.Popen[str]:
+    """A run of the command that has finished some shards and works on another."""
+    command = [sys.executable, "beam_runner.py", str(folder / "config.json"), "--runner=DirectRunner", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*command, "--set", "options.pause_s=0.5"], cwd=ROOT, text=True, **pipes)
+    before = files(folder)
+    until = time.monotonic() + 60
+    while files(folder) <= before and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    return process
+
+
+def files(folder: Path) -> int:
+    return len(list((folder / "dataset").glob("words-*/shard=*/*.parquet")))
+
+
+def test_a_driver_that_was_interrupted_and_one_that_was_killed_are_gone_on_with(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", texts(100))
+    calm = config(tmp_path / "calm", table, recipe=RECIPE, shard_size=20)
+    refresh(calm, Silent())
+    run = config(tmp_path, table, recipe=RECIPE, shard_size=20)
+    (tmp_path / "config.json").write_text(run.model_dump_json(by_alias=True))
+
+    with started(tmp_path) as process:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == 130, said
+        assert said.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert 0 < files(tmp_path) < 5
     assert not (tmp_path / "dataset" / FOLDER).exists()
-    assert not list((tmp_path / "dataset" / MARKS).iterdir())
+
+    with started(tmp_path) as process:
+        process.kill()
+        process.communicate(timeout=30)
+    assert files(tmp_path) < 5
+    assert list((tmp_path / "dataset" / FOLDER).iterdir()), "what the killed run left"
+
+    report = refresh(
+        run.model_copy(update={"engine": config(tmp_path, table, engine=beam(*IN_MEMORY)).engine}), Silent()
+    )
+    assert report.computed["words"] < 100, "what was finished is not done again"
+    assert table_digests(run) == table_digests(calm)
+    assert not (tmp_path / "dataset" / FOLDER).exists()
+
+
+# -- the engine itself --
+
+
+@pytest.fixture
+def admitted(tmp_path: Path) -> tuple[RunConfig, Job, list[Unit]]:
+    """Work to do: five shards, with poison in one row of the third."""
+    lines = [t if i != 50 else "poison in this text" for i, t in enumerate(texts(100))]
+    table = write_urls(tmp_path / "urls.parquet", lines)
+    run = config(tmp_path, table, engine=beam(*IN_MEMORY), shard_size=20)
+    dataset = Dataset(run.dataset)
+    plan = compile_plan(load_recipe(run))
+    from pairmill.admission import admit
+
+    with dataset.lock():
+        admit(run, dataset, Silent())
+    units = list(units_to_do(plan, 0, Frame(dataset, plan, table_files(dataset, plan))))
+    return run, Job(dataset.url, plan, 0, 0.02, 20), units
+
+
+def test_metrics_say_what_the_units_say(admitted: tuple[RunConfig, Job, list[Unit]]):
+    run, job, units = admitted
+    with open_engine(run.engine, run.dataset) as engine:
+        assert isinstance(engine, BeamEngine) and engine.slots == 1
+        done = list(engine.run(job, units))
+        metrics = engine.result.metrics().query()
+    assert sorted(u.shard for u in done) == sorted(u.shard for u in units)
+    counters: dict[str, int] = {}
+    for counter in metrics["counters"]:
+        counters[counter.key.metric.name] = counters.get(counter.key.metric.name, 0) + counter.committed
+    few = sum(u.dropped["text.too_few_words"] for u in done)
+    assert counters == {
+        "rows/words": 100,
+        "rows/chars": 100 - few - 1,
+        "dropped/text.too_few_words": few,
+        "dropped/error.kernel": 1,
+        "errors/words": 1,
+        "errors/chars": 0,
+    }
+    times = {d.key.metric.name: d.committed for d in metrics["distributions"]}
+    assert set(times) == {"milliseconds/words", "milliseconds/chars"}
+    assert times["milliseconds/words"].count == 5
+
+
+def test_workers_of_a_pipeline_that_nobody_waits_for_do_nothing_more(
+    admitted: tuple[RunConfig, Job, list[Unit]], tmp_path: Path
+):
+    from pairmill.engines.beam.transforms import RunGroup
+
+    _, job, units = admitted
+    outbox = Outbox.make(job.dataset)
+    group = RunGroup(job, 0, units[0].wanted, outbox, 1)
+    group.setup()
+    (text,) = group.process(units[0].dumps())
+    assert Unit.loads(text).computed == {"words": 20} and files(tmp_path) == 1
+    clear(job.dataset)  # as the next run does, after this one's driver was killed
+    assert list(group.process(units[1].dumps())) == [] and files(tmp_path) == 1
+
+
+def tables(rows: int) -> Iterator[pa.Table]:
+    for start in range(0, rows, 13):
+        found = range(start, min(start + 13, rows))
+        yield pa.table({"cell": [i % 7 for i in found], "row": list(found), "chars": [i * i % 31 for i in found]})
+
+
+def failing(rows: pa.Table) -> pa.Table:
+    if rows["cell"][0].as_py() == 3:
+        raise ValueError("the third cell cannot be done")
+    return rows
+
+
+def test_work_in_cells_answers_as_in_this_process_and_what_fails_in_it_is_told(tmp_path: Path):
+    run = config(tmp_path, tmp_path / "none", engine=beam(*IN_MEMORY))
+    with open_engine(run.engine, run.dataset) as engine:
+        found = pa.concat_tables(engine.scatter(rank, tables(100))).sort_by("row")
+        assert found.equals(pa.concat_tables(in_cells(rank, tables(100))).sort_by("row"))
+        with pytest.raises(EngineError, match=r"ValueError: the third cell cannot be done .*run the command again"):
+            list(engine.scatter(failing, tables(100)))
+        assert list(engine.scatter(rank, iter(()))) == []
+    assert not (tmp_path / "dataset" / FOLDER).exists()

@@ -154,12 +154,15 @@ class BeamEngine:
     def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """See `pairmill.engines.Engine.scatter`. The rows lie in the outbox; what is grouped by cell is where they
         lie."""
-        from pairmill.engines.beam.transforms import cells_pipeline, read_answer, write_rows
+        from pairmill.engines.beam.transforms import cell_result, cells_pipeline, read_answer, write_rows
 
         with self._outbox() as outbox:
-            written = write_rows(outbox, rows)
+            places = write_rows(outbox, rows)
+            cells = {cell_result(cell): cell for cell in places}
             results = self._results(
-                outbox, written.results, lambda left: cells_pipeline(self._runner, work, written, left, outbox)
+                outbox,
+                cells,
+                lambda left: cells_pipeline(self._runner, work, {cells[n]: places[cells[n]] for n in left}, outbox),
             )
             yield from map(read_answer, results)
 
@@ -274,8 +277,12 @@ class _Run:
         """Raise `EngineError` unless it ended well."""
         if self.error is None and self._state == "DONE":
             return
-        said = str(self.error or "").strip() or type(self.error).__name__
-        what = said.splitlines()[-1] if self.error else f"the pipeline is {self._state}"
+        what = f"the pipeline is {self._state}"
+        if self.error is not None:
+            said = [line for line in str(self.error).splitlines() if line.strip()][-1:]
+            if not isinstance(self.error, RuntimeError) or not said:  # which repeats what a worker told, with its type
+                said.insert(0, type(self.error).__name__)
+            what = ": ".join(said)
         raise EngineError(
             f"{name} stopped the run: {what}; what was committed is kept: run the command again"
         ) from self.error

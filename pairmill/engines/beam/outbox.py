@@ -43,7 +43,7 @@ class Outbox:
         outbox = cls(dataset, uuid.uuid4().hex[:12])
         if outbox._store.local:
             os.makedirs(outbox._path(_OUT), exist_ok=True)
-        outbox.put_in(_OPEN, b"")
+        outbox._write(outbox._path(_OPEN), b"")
         return outbox
 
     @property
@@ -54,10 +54,6 @@ class Outbox:
         return self._store.path(FOLDER, self.pipeline, *parts)
 
     # -- what goes in --
-
-    def put_in(self, name: str, data: bytes) -> None:
-        """Write a file for the workers, whole."""
-        self._write(self._path(name), data)
 
     def put_parts(self, name: str, parts: Iterable[bytes]) -> list[Place]:
         """Write one file of many parts, as they come; returns where each lies."""
@@ -76,12 +72,6 @@ class Outbox:
         path = self._path(name)
         with storage.explained(f"cannot read {path}"):
             return bytes(self._store.fs.cat_file(path, start=start, end=end))
-
-    def read_in(self, name: str) -> bytes:
-        """A file of `put_in`."""
-        path = self._path(name)
-        with storage.explained(f"cannot read {path}"):
-            return bytes(self._store.fs.cat_file(path))
 
     # -- what comes out --
 

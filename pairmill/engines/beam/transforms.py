@@ -12,8 +12,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import apache_beam as beam
@@ -30,6 +29,9 @@ from pairmill.stage import CELL, WORKERS_ENV, CellWork, Resources
 METRICS = "pairmill"
 """Namespace of the counters ``rows/STAGE``, ``errors/STAGE`` and ``dropped/REASON`` and of the distributions
 ``milliseconds/STAGE``: the time in a stage's kernel, one value a unit."""
+
+INDEX_ROWS = 1000
+"""Lines of the index of cells that are read at a time."""
 
 Number = TypeVar("Number", int, float)
 
@@ -167,51 +169,38 @@ def _more(before: Mapping[str, Number], after: Mapping[str, Number]) -> Iterator
 # -- cells ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Written:
-    """Rows in an outbox, for work in cells."""
+def write_rows(outbox: Outbox, tables: Iterable[pa.Table]) -> dict[int, list[Place]]:
+    """Write tables, one after the other, the rows of each cell together; returns where the rows of each cell lie."""
+    cells: list[int] = []
 
-    indexes: tuple[str, ...]
-    """Files that say where the rows of each cell lie, one for each table."""
-    cells: frozenset[int]
+    def parts() -> Iterator[bytes]:
+        for table in tables:
+            for rows in cells_of([table]):
+                cells.append(rows.column(CELL)[0].as_py())
+                yield _table_bytes(rows)
 
-    @property
-    def results(self) -> frozenset[str]:
-        """Names of the answers that are to come."""
-        return frozenset(map(_answer, self.cells))
+    where: dict[int, list[Place]] = {}
+    for place, cell in zip(outbox.put_parts("rows", parts()), cells, strict=True):
+        where.setdefault(cell, []).append(place)
+    return where
 
 
-def _answer(cell: int) -> str:
+def cell_result(cell: int) -> str:
+    """The name of a cell's answer in the outbox."""
     return f"{cell}.arrow"
 
 
-def write_rows(outbox: Outbox, tables: Iterable[pa.Table]) -> Written:
-    """Write tables, one after the other: a file a table, in which the rows of each cell lie together."""
-    indexes: list[str] = []
-    every: set[int] = set()
-    for number, table in enumerate(tables):
-        cells = [(rows.column(CELL)[0].as_py(), rows) for rows in cells_of([table])]
-        places = outbox.put_parts(f"rows-{number}", (_table_bytes(rows) for _, rows in cells))
-        index = [(cell, place) for (cell, _), place in zip(cells, places, strict=True)]
-        indexes.append(f"index-{number}.json")
-        outbox.put_in(indexes[-1], json.dumps(index).encode())
-        every.update(cell for cell, _ in cells)
-    return Written(tuple(indexes), frozenset(every))
-
-
 class ReadIndex(beam.DoFn):
-    """From the name of an index to cells, each with where rows of it lie."""
+    """From where a part of the index lies to cells, each with where rows of it lie."""
 
-    def __init__(self, outbox: Outbox, left: Collection[str]) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._left = frozenset(left)
 
-    def process(self, name: str) -> Iterator[tuple[int, Place]]:
-        """Read one index."""
+    def process(self, part: Place) -> Iterator[tuple[int, Place]]:
+        """Read a part of the index."""
         if self._outbox.is_open():
-            for cell, (file, start, end) in json.loads(self._outbox.read_in(name)):
-                if _answer(cell) in self._left:
-                    yield cell, (file, start, end)
+            index = json.loads(self._outbox.read_part(part))
+            yield from ((cell, (file, start, end)) for cell, (file, start, end) in index)
 
 
 class WorkOnCell(beam.DoFn):
@@ -231,7 +220,7 @@ class WorkOnCell(beam.DoFn):
         cell, places = grouped
         if self._outbox.is_open():
             parts = [_read_table(self._outbox.read_part(place)) for place in sorted(places)]
-            self._outbox.put(_answer(cell), _table_bytes(self._work(pa.concat_tables(parts))))
+            self._outbox.put(cell_result(cell), _table_bytes(self._work(pa.concat_tables(parts))))
 
 
 def read_answer(data: bytes) -> pa.Table:
@@ -267,18 +256,19 @@ def units_pipeline(runner: Runner, job: Job, units: Sequence[Unit], outbox: Outb
     return pipeline
 
 
-def cells_pipeline(
-    runner: Runner, work: CellWork, written: Written, left: Collection[str], outbox: Outbox
-) -> beam.Pipeline:
-    """Work in cells: a GroupByKey of where the rows of each cell lie. `left`: answers that are to come yet."""
+def cells_pipeline(runner: Runner, work: CellWork, rows: Mapping[int, list[Place]], outbox: Outbox) -> beam.Pipeline:
+    """Work in cells: a GroupByKey of where the rows of each cell lie, as `write_rows` says it."""
+    index = [(cell, place) for cell, places in rows.items() for place in places]
+    size = min(INDEX_ROWS, -(-len(index) // (4 * runner.slots)))  # Dask makes as many groups of cells as it has parts
+    parts = (json.dumps(index[start : start + size]).encode() for start in range(0, len(index), size))
+    places = outbox.put_parts("index", parts)
     pipeline = beam.Pipeline(options=runner.options)
-    read = beam.ParDo(ReadIndex(outbox, left)).with_output_types(tuple[int, Place])
     work_on = beam.ParDo(WorkOnCell(work, outbox, runner.processes))
     resources = getattr(work, "resources", Resources())
     _ = (
         pipeline
-        | "tables" >> beam.Create(written.indexes)
-        | "cells" >> read
+        | "index" >> beam.Create(places)
+        | "cells" >> beam.ParDo(ReadIndex(outbox)).with_output_types(tuple[int, Place])
         | "by cell" >> beam.GroupByKey()
         | "work" >> work_on.with_resource_hints(**hints(resources, runner.accelerator))
     )

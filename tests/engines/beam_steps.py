@@ -1,0 +1,53 @@
+"""Steps for tests of Beam: those of `tests.steps`, and a global stage whose work falls into cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pairmill.plan import Recipe
+from pairmill.stage import GlobalStage, Scatter
+from schemas import fields
+from schemas.config import RunConfig
+from tests import steps
+
+PART = 17
+"""Rows a table that is scattered: each cell lies in several."""
+
+
+@dataclass(frozen=True)
+class RankInCells(GlobalStage):
+    """Writes `contrast`: how many live rows with as many words have fewer chars."""
+
+    name = "rank_in_cells"
+    reads = ("words", "chars")
+    writes = (fields.CONTRAST,)
+
+    def measure(self, live: pa.Table, todo: pa.BooleanArray, scatter: Scatter) -> pa.Table:
+        rows = pa.table(
+            {"cell": live["words"].cast(pa.int64()), "row": pa.array(range(len(live))), "chars": live["chars"]}
+        )
+        answers = pa.concat_tables(scatter(rank, _parts(rows))).sort_by("row")
+        assert answers["row"].to_pylist() == list(range(len(live))), "each row once"
+        return answers.select(["contrast"]).filter(todo)
+
+
+def _parts(rows: pa.Table) -> Iterator[pa.Table]:
+    for start in range(0, len(rows), PART):
+        yield rows.slice(start, PART)
+
+
+def rank(rows: pa.Table) -> pa.Table:
+    """The work of a cell."""
+    assert len(pc.unique(rows["cell"])) == 1
+    chars = rows["chars"].to_pylist()
+    ranks = [float(sum(c < mine for c in chars)) for mine in chars]
+    return pa.table({"row": rows["row"], "contrast": pa.array(ranks, pa.float32())})
+
+
+def recipe(config: RunConfig) -> Recipe:
+    """words, at least N, chars, no repeated text, rank in cells."""
+    return Recipe("beam_steps", (*steps.recipe(config).steps[:-1], RankInCells()))
