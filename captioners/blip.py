@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
+from captioners.decoding import Decoder
 from captioners.sampling import SeededChoice, uniform
 from filters.image_rules import missing_image, with_image
-from pairmill.blip import Checkpoint, cross_attention_cache, load_captioner
+from pairmill.blip import CPU_CAPTIONS, Checkpoint, cross_attention_cache, load_captioner
+from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import in_passes, padded
+from pairmill.passes import Passes
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields
@@ -149,50 +151,70 @@ class Writer(ABC):
         self._stage = stage
         self._image_rows = blip.image_rows(stage.batch)
         self._sequences = stage.beams if stage.method == "beam" else 1
-        self._rows = max(1, blip.text_rows(stage.batch) // self._sequences)
+        self._rows = max(1, blip.text_rows(stage.batch, CPU_CAPTIONS) // self._sequences)
         self._images = max(stage.batch, self._rows)
         """Images whose features are in memory at a time."""
+        self._image_passes, self._text_passes = Passes(blip.device), Passes(blip.device)
 
     def captions(self, images: Sequence[Image.Image], uids: Sequence[str]) -> list[list[str]]:
-        """``count`` captions of each image, in the order in which they were drawn (beam: best first)."""
+        """``count`` captions of each image, in the order in which they were drawn (beam: best first). Each image is
+        taken from the sequence in the thread that needs it."""
         found: list[list[str]] = []
         for start in range(0, len(images), self._images):
-            found += self._some(images[start : start + self._images], uids[start : start + self._images])
+            some = range(start, min(start + self._images, len(images)))
+            found += self._some(images, some, uids[start : some.stop])
         return found
 
-    def _some(self, images: Sequence[Image.Image], uids: Sequence[str]) -> list[list[str]]:
-        def encode(chunk: Sequence[Image.Image]) -> list[torch.Tensor]:
-            return list(self.encode(padded(self.blip.prepared(chunk), self._image_rows))[: len(chunk)])
+    def _some(self, images: Sequence[Image.Image], wanted: range, uids: Sequence[str]) -> list[list[str]]:
+        def prepare(number: int) -> torch.Tensor:
+            return self.blip.pixels.prepare(images[number])
 
-        def write(chunk: Sequence[tuple[int, int]]) -> list[str]:
-            rows = [*chunk, *[chunk[0]] * (self._rows - len(chunk))]
-            tokens = self.generate(states, [image for image, _ in rows], self._options(uids, rows))
-            returned = len(tokens) // self._rows
-            return [self.text(row) for row in tokens.tolist()[: len(chunk) * returned]]
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return self.encode(self.blip.normalised(pixels))
 
-        parts = in_passes(encode, chunks(images, self._image_rows), self.blip.device)
+        def write(tasks: list[tuple[int, int]]) -> list[list[str]]:
+            tokens = self.write(states, uids, tasks).tolist()
+            return chunks([self.text(row) for row in tokens], len(tokens) // len(tasks))
+
+        parts = self._image_passes.run(wanted, self._image_rows, encode, prepare, keep=True)
         states = [state for part in parts for state in part]
-        count = self._stage.count
-        samples = range(count) if self._stage.method == "nucleus" else range(1)
-        tasks = [(image, sample) for image in range(len(images)) for sample in samples]
-        texts = [text for part in in_passes(write, chunks(tasks, self._rows), self.blip.device) for text in part]
-        return chunks(texts, count)
+        samples = range(0, self._stage.count if self._stage.method == "nucleus" else 1, self.samples)
+        tasks = [(image, sample) for image in range(len(wanted)) for sample in samples]
+        written = self._text_passes.run(tasks, max(1, self._rows // self.samples), write)
+        texts = iter([some for part in written for some in part])
+        return [[text for _ in samples for text in next(texts)][: self._stage.count] for _ in wanted]
 
-    def _options(self, uids: Sequence[str], rows: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    def write(
+        self, states: Sequence[torch.Tensor], uids: Sequence[str], tasks: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Token ids of shape (texts, length), as many texts for each of the tasks: an image and its first sample."""
+        return self.generate(states, [image for image, _ in tasks], self._options(uids, tasks))
+
+    def _options(self, uids: Sequence[str], tasks: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Keywords of `generate` that say how tokens are chosen."""
         stage = self._stage
         options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": stage.repetition_penalty}
         if stage.method == "beam":
             return options | {"num_beams": stage.beams, "num_return_sequences": stage.count}
-        if stage.method == "greedy":
-            return options
-        import torch
-        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+        choice = self.choice(uids, tasks)
+        return options if choice is None else options | {"logits_processor": [choice]}
 
-        draws = [[uniform(stage.seed, uids[image], n, step) for step in range(stage.max_length)] for image, n in rows]
-        choice = SeededChoice(torch.tensor(draws, dtype=torch.float64), self.start)
-        warpers = [TemperatureLogitsWarper(stage.temperature), TopPLogitsWarper(stage.top_p)]
-        return options | {"logits_processor": [*warpers, choice]}
+    def choice(self, uids: Sequence[str], tasks: Sequence[tuple[int, int]]) -> SeededChoice | None:
+        """What draws the tokens of all samples of the tasks; None where the most probable ones are taken."""
+        stage = self._stage
+        if stage.method != "nucleus":
+            return None
+        import torch
+
+        rows = [(uids[image], first + n) for image, first in tasks for n in range(self.samples)]
+        draws = [[uniform(stage.seed, uid, n, step) for step in range(stage.max_length)] for uid, n in rows]
+        drawn = torch.tensor(draws, dtype=torch.float64, device=self.blip.device)
+        return SeededChoice(drawn, self.start, stage.top_p, stage.temperature)
+
+    @property
+    def samples(self) -> int:
+        """Captions that one task writes side by side."""
+        return 1
 
     @property
     @abstractmethod
@@ -225,7 +247,11 @@ class Writer(ABC):
 
 
 class BlipWriter(Writer):
-    """BLIP: a text decoder that attends to the image's features."""
+    """BLIP: a text decoder that attends to the image's features.
+
+    Beam search is transformers'. The other methods have a loop of their own, which writes what `generate` would: all
+    samples of an image go on from one reading of the prompt and share what is kept of the image.
+    """
 
     def __init__(self, blip: Checkpoint, stage: Captions) -> None:
         super().__init__(blip, stage)
@@ -241,6 +267,31 @@ class BlipWriter(Writer):
                 f"caption.max_length is {stage.max_length}, but models.captioner reads {text.max_position_embeddings} "
                 "tokens at most; lower it"
             )
+
+    @property
+    def samples(self) -> int:
+        """All samples of an image, if a pass has so many rows."""
+        return min(self._stage.count, self._rows) if self._stage.method == "nucleus" else 1
+
+    def write(
+        self, states: Sequence[torch.Tensor], uids: Sequence[str], tasks: Sequence[tuple[int, int]]
+    ) -> torch.Tensor:
+        """As `Writer.write`."""
+        if self._stage.method == "beam":
+            return super().write(states, uids, tasks)
+        text, stage, tower = self.blip.model.config.text_config, self._stage, self.blip.text
+        assert tower is not None
+        decoder = Decoder(
+            tower,
+            self.blip.model.text_decoder.cls,
+            end=text.sep_token_id,
+            padding=text.pad_token_id,
+            max_length=stage.max_length,
+            min_length=stage.min_length,
+            repetition_penalty=stage.repetition_penalty,
+        )
+        images = SeenImages([states[image] for image, _ in tasks])
+        return decoder.write(self._prompt, images, self.samples, self.choice(uids, tasks))
 
     @property
     def start(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ import pyarrow as pa
 from captioners.text import prepare_text
 from filters.clip_score import scatter
 from filters.image_rules import missing_image, with_image
-from pairmill.blip import Checkpoint, cross_attention_cache, load_matcher
+from pairmill.blip import Checkpoint, load_matcher
+from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import in_passes, padded
+from pairmill.passes import Passes
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_itm_dir
 from schemas import fields
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 MAX_TOKENS = 35
 """Tokens of a text that are read, [CLS] and [SEP] included: BLIP's, in training and in retrieval."""
 
+LENGTHS = (12, 16, 24)
+"""Tokens of a text pass, where its texts need no more; else `max_tokens`."""
+
 
 @dataclass(frozen=True)
 class ItmScore(Stage):
@@ -35,11 +39,10 @@ class ItmScore(Stage):
 
     ``softmax(logits)[1]`` of the matching head (BLIP, section 3.2 and the filter of CapFilt, section 3.3): no cosine is
     added. BLIP-2 averages the logits over its queries first (BLIP-2, section 3.2). The image is encoded once for all
-    its texts, and so are the keys and values that BLIP's texts attend to.
+    its texts.
 
     A row without image is dropped; a null text has a null score; a null or empty list of texts has null scores.
-    Results do not depend on the number of rows a kernel call has or on threads, to the last bit (see
-    `pairmill.models.LoadedClip`): all texts are padded to `max_tokens`.
+    Results do not depend on the number of rows a kernel call has or on threads, to the last bit (`pairmill.passes`).
     """
 
     name = "itm"
@@ -128,48 +131,64 @@ class Matcher(ABC):
         self._stage = stage
         self._image_rows = blip.image_rows(stage.batch)
         self._rows = blip.text_rows(stage.batch)
-        self._tokens = min(stage.max_tokens, self._positions)
+        self._image_passes, self._text_passes = Passes(blip.device), Passes(blip.device)
+        longest = min(stage.max_tokens, self._positions)
+        self._lengths = [*(length for length in LENGTHS if length < longest), longest]
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str | None]]) -> list[list[float | None]]:
-        """The probability of each of an image's texts; None for a null text."""
+        """The probability of each of an image's texts; None for a null text. Each image is taken from the sequence in
+        the thread that needs it."""
         found: list[list[float | None]] = []
         for start in range(0, len(images), self._stage.batch):  # so many images' features are in memory at a time
-            some = slice(start, start + self._stage.batch)
-            found += self._some(images[some], texts[some])
+            some = range(start, min(start + self._stage.batch, len(images)))
+            found += self._some(images, [(image, texts[image]) for image in some])
         return found
 
-    def _some(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str | None]]) -> list[list[float | None]]:
-        def encode(chunk: list[int]) -> list[torch.Tensor]:
-            pixels = self.blip.prepared([images[image] for image in chunk])
-            return list(self.encode(padded(pixels, self._image_rows))[: len(chunk)])
+    def _some(
+        self, images: Sequence[Image.Image], rows: Sequence[tuple[int, Sequence[str | None]]]
+    ) -> list[list[float | None]]:
+        def prepare(image: int) -> torch.Tensor:
+            return self.blip.pixels.prepare(images[image])
 
-        def match(start: int) -> list[float]:
-            stop = min(start + self._rows, len(flat))
-            rows = [place[image] for image, _ in flat[start:stop]]
-            rows += rows[:1] * (self._rows - len(rows))
-            logits = self.match(states, rows, padded(ids[start:stop], self._rows), padded(mask[start:stop], self._rows))
-            return logits.float().softmax(dim=-1)[: stop - start, 1].tolist()
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return self.encode(self.blip.normalised(pixels))
 
-        flat = [(image, text) for image, row in enumerate(texts) for text in row if text is not None]
-        if not flat:
-            return [[None] * len(row) for row in texts]
-        ids, mask = self.tokenized([text for _, text in flat])
+        flat = [(image, text) for image, row in rows for text in row if text is not None]
         wanted = list(dict.fromkeys(image for image, _ in flat))
-        place = {image: n for n, image in enumerate(wanted)}
-        size = self._image_rows
-        parts = in_passes(encode, [wanted[n : n + size] for n in range(0, len(wanted), size)], self.blip.device)
-        states = [state for part in parts for state in part]
-        starts = range(0, len(flat), self._rows)
-        scores = iter([score for part in in_passes(match, starts, self.blip.device) for score in part])
-        return [[None if text is None else next(scores) for text in row] for row in texts]
+        parts = self._image_passes.run(wanted, self._image_rows, encode, prepare, keep=True)
+        states = dict(zip(wanted, (state for part in parts for state in part), strict=True))
+        scores = iter(self._matched(states, flat))
+        return [[None if text is None else next(scores) for text in row] for _, row in rows]
 
-    def tokenized(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, both int64 of shape (texts, `max_tokens`)."""
+    def _matched(self, states: Mapping[int, torch.Tensor], flat: Sequence[tuple[int, str]]) -> list[float]:
+        """Probabilities of texts with their images. Texts run in passes of texts that need as many tokens, at most:
+        which pass is theirs depends on their own length alone."""
+        import torch
+
+        def match(chunk: list[int]) -> torch.Tensor:
+            tokens = [ids[place] for place in chunk]
+            padding = self.blip.tokenizer.pad_token_id
+            padded = torch.tensor([row + [padding] * (length - len(row)) for row in tokens])
+            mask = torch.tensor([[n < len(row) for n in range(length)] for row in tokens])
+            of_images = [states[flat[place][0]] for place in chunk]
+            logits = self.match(of_images, padded.to(self.blip.device), mask.to(self.blip.device))
+            return logits.float().softmax(dim=-1)[:, 1]
+
+        ids = self.tokenized([text for _, text in flat]) if flat else []
+        scores = [0.0] * len(flat)
+        lengths = [next(length for length in self._lengths if len(row) <= length) for row in ids]
+        for length in sorted(set(lengths)):
+            places = [place for place, found in enumerate(lengths) if found == length]
+            parts = self._text_passes.run(places, self._rows, match)
+            for place, score in zip(places, torch.cat(parts).tolist(), strict=True):
+                scores[place] = score
+        return scores
+
+    def tokenized(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, `max_tokens` at most."""
         read = [prepare_text(text) for text in texts] if self._stage.prepare else texts
-        encoded = self.blip.tokenizer(
-            read, padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt"
-        ).to(self.blip.device)
-        return encoded["input_ids"], encoded["attention_mask"]
+        encoded = self.blip.tokenizer(read, truncation=True, max_length=self._lengths[-1])
+        return [list(row) for row in encoded["input_ids"]]
 
     @property
     @abstractmethod
@@ -181,10 +200,14 @@ class Matcher(ABC):
         """Features of shape (images, tokens, width), all that `match` needs of an image."""
 
     @abstractmethod
-    def match(
-        self, states: Sequence[torch.Tensor], rows: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits of shape (rows, 2), no match and match, of the texts with the images ``states[row]``."""
+    def match(self, states: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (rows, 2), no match and match, of texts with their images' features, one for each text.
+
+        Args:
+            states: features.
+            ids: token ids of shape (rows, tokens).
+            mask: true where they are a text's and no padding.
+        """
 
 
 class BlipMatcher(Matcher):
@@ -198,29 +221,20 @@ class BlipMatcher(Matcher):
     def _positions(self) -> int:
         return int(self.blip.model.config.text_config.max_position_embeddings)
 
-    def tokenized(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tokenized(self, texts: list[str]) -> list[list[int]]:
         """As `Matcher.tokenized`, the first token replaced by [ENC] where that is asked for."""
-        ids, mask = super().tokenized(texts)
-        if self._first is not None:
-            ids[:, 0] = self._first
-        return ids, mask
+        ids = super().tokenized(texts)
+        return ids if self._first is None else [[self._first, *row[1:]] for row in ids]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """The vision model's last hidden states."""
         return self.blip.model.vision_model(pixel_values=pixels).last_hidden_state
 
-    def match(
-        self, states: Sequence[torch.Tensor], rows: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def match(self, states: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The head over the first token's state."""
-        text = self.blip.model.text_encoder
-        encoded = text(
-            input_ids=ids,
-            attention_mask=mask,
-            encoder_hidden_states=states[0].expand(len(rows), -1, -1),  # says that there are some: see the cache
-            past_key_values=cross_attention_cache(text.encoder.layer, states, rows),
-        )
-        return self.blip.model.itm_head(encoded.last_hidden_state[:, 0])
+        assert self.blip.text is not None
+        read = self.blip.text.read(ids, SeenImages(states), mask=mask)
+        return self.blip.model.itm_head(read[:, 0])
 
 
 def enc_token(blip: Checkpoint, wanted: bool | None) -> int | None:
@@ -254,19 +268,17 @@ class Blip2Matcher(Matcher):
         """The vision model's last hidden states."""
         return self.blip.model.vision_model(pixel_values=pixels).last_hidden_state
 
-    def match(
-        self, states: Sequence[torch.Tensor], rows: Sequence[int], ids: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
+    def match(self, states: Sequence[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The head over the queries' states, averaged."""
         import torch
 
         model = self.blip.model
-        queries = model.query_tokens.expand(len(rows), -1, -1)
+        queries = model.query_tokens.expand(len(ids), -1, -1)
         count = queries.shape[1]
         output = model.qformer(
             query_embeds=model.embeddings(input_ids=ids, query_embeds=queries),
             query_length=count,
-            attention_mask=torch.cat([mask.new_ones(len(rows), count), mask], dim=1),
-            encoder_hidden_states=torch.stack([states[image] for image in rows]),
+            attention_mask=torch.cat([mask.new_ones(len(ids), count), mask], dim=1).long(),
+            encoder_hidden_states=torch.stack(list(states)),
         ).last_hidden_state
         return model.itm_head(output[:, :count].to(model.itm_head.weight.dtype)).mean(dim=1)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pairmill.blip_attention import attend_by_fused_kernels
+from pairmill.blip_pixels import BlipPixels
+from pairmill.blip_text import TextTower
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, resolve_device
 from pairmill.weights_cache import QFORMER_TOKENIZER
@@ -40,10 +43,13 @@ MOVING_REVISIONS = ("main", "master", "HEAD")
 
 CPU_TOKENS = 1024
 """Image tokens of a forward pass on a CPU. A bigger pass is no faster there, and pads more: BLIP-base at 384 pixels
-took 1.17 CPU seconds an image in passes of one and 1.43 in passes of four."""
+took 0.62 CPU seconds an image in passes of one and of two, and 0.64 in passes of four."""
 
-CPU_ROWS = 8
+CPU_TEXTS = 8
 """Texts of a forward pass on a CPU, at most."""
+
+CPU_CAPTIONS = 16
+"""Captions that are written at a time on a CPU, at most: each step reads all weights of the decoder from memory."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 """Files that hold a tokenizer's vocabulary; a tokenizer has one of them."""
@@ -80,11 +86,13 @@ class Checkpoint:
     tokenizer: Any
     qformer_tokenizer: Any
     """InstructBLIP's second tokenizer; None for the others."""
-    pixels: Callable[[Sequence[Image.Image]], torch.Tensor]
-    """RGB images as the checkpoint's preprocessor_config.json says: float32 of shape (images, 3, height, width)."""
+    pixels: BlipPixels
+    """What makes images the model's inputs."""
     device: str
     dtype: Any
     """torch.dtype of the arithmetic."""
+    text: TextTower | None
+    """BLIP's text model; None of the others."""
 
     def image_rows(self, batch: int) -> int:
         """Images of each forward pass of the vision model: `batch`; on a CPU as many as have `CPU_TOKENS`."""
@@ -93,13 +101,19 @@ class Checkpoint:
         vision = self.model.config.vision_config
         return max(1, min(batch, CPU_TOKENS // (vision.image_size // vision.patch_size) ** 2))
 
-    def text_rows(self, batch: int) -> int:
-        """Texts of each forward pass: `batch`; on a CPU `CPU_ROWS` at most."""
-        return min(batch, CPU_ROWS) if self.device == "cpu" else batch
+    def text_rows(self, batch: int, on_cpu: int = CPU_TEXTS) -> int:
+        """Texts of each forward pass: `batch`; on a CPU `on_cpu` at most."""
+        return min(batch, on_cpu) if self.device == "cpu" else batch
 
     def prepared(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """`pixels` of images where the model wants them, in its dtype."""
-        return self.pixels(images).to(self.device, self.dtype)
+        """Images as the model's input where it wants them, in its dtype: (images, 3, height, width)."""
+        import torch
+
+        return self.normalised(torch.stack([self.pixels.prepare(image) for image in images]).to(self.device))
+
+    def normalised(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`BlipPixels.prepare`'s outputs, stacked and on the device, as the model's input in its dtype."""
+        return self.pixels.normalise(inputs).to(self.dtype)
 
 
 def load_captioner(ref: ModelRef, device: str = "auto", precision: str = "fp32") -> Checkpoint:
@@ -139,11 +153,16 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
         second = model.config.qformer_config.vocab_size if kind == "instructblip" else None
         qformer = None if second is None else load_tokenizer(folder / QFORMER_TOKENIZER, second)
         images = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    model = model.to(place).eval()
+    text = None
+    if kind == "blip":
+        text = TextTower(model.text_decoder.bert if key == "models.captioner" else model.text_encoder)
+        attend_by_fused_kernels(model.vision_model)
+    if place == "cpu":
+        from pairmill import onednn
 
-    def pixels(batch: Sequence[Image.Image]) -> torch.Tensor:
-        return images(list(batch), return_tensors="pt")["pixel_values"]
-
-    return Checkpoint(FAMILIES[kind], model.to(place).eval(), tokenizer, qformer, pixels, place, dtype)
+        onednn.pack(model)
+    return Checkpoint(FAMILIES[kind], model, tokenizer, qformer, BlipPixels.of(images), place, dtype, text)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,36 @@ def test_logits_with_shared_keys_and_values_are_those_of_the_plain_forward(capti
     assert torch.allclose(found, expected.logits, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"count": 1},
+        {"count": 3, "min_length": 12},
+        {"count": 2, "repetition_penalty": 1.0, "temperature": 0.7, "top_p": 0.6, "prompt": None},
+        {"method": "greedy", "min_length": 10},
+        {"count": 11},
+    ],
+)
+def test_the_loop_writes_the_tokens_that_generate_writes(
+    captioners: dict[str, ModelRef], options: dict[str, Any]
+) -> None:
+    blip = load_captioner(captioners["blip"], "cpu")
+    writer = writer_of(blip, stage(captioners["blip"], **options))
+    uids, samples = [f"{n:064x}" for n in range(6)], writer.samples
+    tasks = [(image, first) for image in (3, 0, 5) for first in range(0, options.get("count", 1), samples)]
+    with torch.inference_mode():
+        states = list(writer.encode(blip.prepared([Image.open(io.BytesIO(noise(n))) for n in range(6)])))
+        found = writer.write(states, uids, tasks)
+        rows = [image for image, _ in tasks for _ in range(samples)]
+        expected = writer.generate(states, rows, writer._options(uids, tasks))
+    width = max(found.shape[1], expected.shape[1])
+    pad = blip.model.config.text_config.pad_token_id
+    assert [[*row, *[pad] * (width - len(row))] for row in found.tolist()] == [
+        [*row, *[pad] * (width - len(row))] for row in expected.tolist()
+    ]
+    assert len({tuple(row) for row in found.tolist()}) > len(rows) // 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_narrow_nucleus_is_greedy(captioners: dict[str, ModelRef], kind: str) -> None:
     rows = table(4)

@@ -29,13 +29,10 @@ def test_each_argument_counts(seed: int, uid: str, sample: int, step: int) -> No
 
 @pytest.mark.parametrize("top_p", [0.9, 0.5, 1.0])
 def test_tokens_follow_the_nucleus_of_the_softmax(top_p: float) -> None:
-    from transformers import TopPLogitsWarper
-
     logits = torch.randn(1, 30, generator=torch.Generator().manual_seed(3)) * 1.5
     rows = 40_000
     draws = torch.tensor([[uniform(7, str(uid), 0, 0)] for uid in range(rows)], dtype=torch.float64)
-    warped = TopPLogitsWarper(top_p)(None, logits)
-    left = SeededChoice(draws, 1)(torch.zeros(rows, 1, dtype=torch.long), warped.expand(rows, -1))
+    left = SeededChoice(draws, 1, top_p)(torch.zeros(rows, 1, dtype=torch.long), logits.expand(rows, -1))
     assert ((left > float("-inf")).sum(dim=1) == 1).all()
     counts = np.bincount(left.argmax(dim=1).numpy(), minlength=30)
     # by hand: the most probable tokens, until their sum reaches top_p, renormalised
@@ -66,3 +63,20 @@ def test_the_choice_is_the_inverse_of_the_cumulative_distribution() -> None:
     scores = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     for draw, token in ((0.0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.61, 3), (1 - 2**-32, 3)):
         assert choose(scores, torch.tensor([draw], dtype=torch.float64)).tolist() == [token]
+
+
+@pytest.mark.parametrize(("spread", "top_p"), [(8.0, 0.9), (3.0, 0.9), (0.2, 0.9), (3.0, 0.3), (1.0, 1.0)])
+def test_a_nucleus_of_any_size_is_the_one_of_transformers(spread: float, top_p: float) -> None:
+    """Of 5,000 tokens it has a few, some hundreds and nearly all."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 5000, generator=generator) * spread
+    scores[:, 17] = float("-inf")
+    draws = torch.rand(40, 1, generator=generator, dtype=torch.float64)
+    warped = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(0.8)(None, scores))
+    expected = choose(warped, draws[:, 0])
+    found = SeededChoice(draws, 1, top_p, 0.8).chosen(scores, 1)
+    assert torch.equal(found, expected)
+    assert len(set(found.tolist())) > 20
+    assert torch.equal(found, torch.cat([choose(scores[n : n + 1] / 0.8, draws[n], top_p) for n in range(40)]))
