@@ -4,8 +4,8 @@
 
 Models have the published sizes and random weights: what they say is noise, what they cost is real. Each part compares
 ways to do the same work; the ways of a case take turns, `repeats` times after a warm-up of each, and medians are told,
-with the rate as a ratio to that of the first way, the plain loop. `pairmill` ways are the stages themselves, image bytes
-in and columns out. Answers are compared, too.
+with the rate as a ratio to that of the first way, the plain loop. `pairmill` ways are the stages themselves, image
+bytes in and columns out. Answers are compared, too.
 
 The ceiling is what a large product of matrices reaches on the device in a precision; a case that knows how many
 floating point operations it takes tells its share of it.

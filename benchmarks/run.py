@@ -14,7 +14,8 @@ HERE = Path(__file__).resolve().parent
 
 def main(names: list[str]) -> int:
     """Run them one after the other, so that they do not disturb each other; 1 when one failed, 2 for unknown names."""
-    known = {path.stem: path for path in sorted(HERE.glob("*.py")) if path.name != Path(__file__).name}
+    scripts = [path for path in sorted(HERE.glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+    known = {path.stem: path for path in scripts if path.name != Path(__file__).name}
     if unknown := [name for name in names if name not in known]:
         print(f"no benchmark {unknown[0]!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2

@@ -39,8 +39,9 @@ AUTO_SHARE = 0.25
 """Of a worker's part of a GPU, for the activations of one pass: a worker may hold several models, and the allocator
 keeps blocks of each."""
 
-AUTO_MOST = 256
-"""Rows of a pass on a GPU at most: there matrix products are as fast as they get (12,850 tokens of ViT-B-32)."""
+AUTO_MOST = 64
+"""Rows of a pass on a GPU at most: a call of a stage is then several passes, so that inputs are made while it computes,
+and products are large already (16,448 tokens of ViT-L-14)."""
 
 AUTO_PROBES = (2, 4)
 """Rows of the two passes whose memory is measured."""
