@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pairmill.engines.ray_data import Pool, size_pools
-from pairmill.errors import EngineError, StageFailed
+from pairmill.engines.ray_pools import MissingResourcesError, Need, Node, Pool, Sizing, slots
+from pairmill.errors import StageFailed
 from pairmill.execute import Job
 from pairmill.plan import Recipe, compile_plan
 from pairmill.report.progress import Silent
@@ -21,33 +23,90 @@ def job(words: Resources, chars: Resources) -> Job:
     return Job("dataset", plan, 0, 0.0, 0)
 
 
-def test_actors_never_take_the_cpus_that_tasks_need():
-    pools = size_pools(job(Resources(cpus=1), Resources(cpus=1, rows=32, actor=True)), {"CPU": 2.0}, None)
-    assert pools == [Pool(1.0, 0.0, 0), Pool(1.0, 0.0, 1)]
-    pools = size_pools(job(Resources(cpus=1), Resources(cpus=1, rows=32, actor=True)), {"CPU": 16.0}, None)
-    assert pools[1].workers == 15
-    assert size_pools(job(Resources(cpus=1), Resources(cpus=1, rows=32, actor=True)), {"CPU": 16.0}, 4)[1].workers == 4
+def nodes(*offers: dict[str, float], labels: dict[str, str] | None = None) -> list[Node]:
+    return [Node(f"10.0.0.{i}", offer, labels or {}) for i, offer in enumerate(offers)]
+
+
+def sized(words: Resources, chars: Resources, machines: list[Node], **said: Any) -> list[Pool]:
+    return Sizing(job(words, chars), **said).pools(machines)
+
+
+TASK = Resources(cpus=1)
+MODEL = Resources(cpus=1, rows=32, actor=True)
+ON_GPU = replace(MODEL, gpus=0.5)
+
+
+def test_a_pool_of_cpus_is_bounded_by_what_is_said_and_not_by_the_nodes_of_the_first_second():
+    assert sized(TASK, MODEL, nodes({"CPU": 2.0})) == [Pool(Need(1.0)), Pool(Need(1.0), 1, None)]
+    assert sized(TASK, MODEL, nodes({"CPU": 16.0}), workers=4)[1].most == 4
+    bounded = replace(MODEL, min_workers=2, max_workers=3)
+    assert sized(TASK, bounded, nodes({"CPU": 16.0}))[1] == Pool(Need(1.0), 2, 3)
+    assert sized(TASK, bounded, nodes({"CPU": 2.0}))[1].least == 1, "a task has its room first"
 
 
 def test_a_group_may_ask_for_few_workers():
-    chars = Resources(cpus=1, rows=32, actor=True, workers=1)
-    assert size_pools(job(Resources(cpus=1), chars), {"CPU": 16.0}, None)[1].workers == 1
-    assert size_pools(job(Resources(cpus=1), chars), {"CPU": 16.0}, 4)[1].workers == 1
+    chars = replace(MODEL, workers=2)
+    for workers, expected in ((None, 2), (4, 2), (1, 1)):
+        pool = sized(TASK, chars, nodes({"CPU": 16.0}), workers=workers)[1]
+        assert (pool.least, pool.most) == (expected, expected)
 
 
 def test_one_cpu_is_shared_by_all_groups():
-    pools = size_pools(job(Resources(cpus=1), Resources(cpus=1, rows=32, actor=True)), {"CPU": 1.0}, None)
-    assert [p.cpus for p in pools] == [0.5, 0.5] and pools[1].workers == 1
+    pools = sized(TASK, MODEL, nodes({"CPU": 1.0}))
+    assert [p.need.cpus for p in pools] == [0.5, 0.5] and pools[1].least == 1
 
 
-def test_gpu_groups_get_as_many_workers_as_there_are_gpus():
-    pools = size_pools(job(Resources(cpus=1), Resources(cpus=1, gpus=0.5, actor=True)), {"CPU": 32.0, "GPU": 4.0}, None)
-    assert pools[1] == Pool(1.0, 0.5, 8)
+def test_gpu_groups_get_as_many_workers_as_their_nodes_hold():
+    assert sized(TASK, ON_GPU, nodes({"CPU": 32.0, "GPU": 4.0}))[1] == Pool(Need(1.0, 0.5), 1, 8)
+    thirds = replace(MODEL, gpus=0.3)
+    assert sized(TASK, thirds, nodes({"CPU": 32.0, "GPU": 4.0}))[1].most == 12, "a fraction never spans two GPUs"
+    few_cpus = nodes({"CPU": 8.0}, {"CPU": 2.0, "GPU": 4.0})
+    assert sized(TASK, ON_GPU, few_cpus)[1].most == 2, "the task is done on the node without GPUs"
+    assert sized(TASK, ON_GPU, few_cpus, grows=True)[1].most is None, "an autoscaler is shown what is wanted"
 
 
-def test_too_few_gpus_are_an_error_before_anything_runs():
-    with pytest.raises(EngineError, match=r"needs 1 GPUs at a time, the Ray cluster has 0; .*models.device=cpu"):
-        size_pools(job(Resources(cpus=1), Resources(cpus=1, gpus=1, actor=True)), {"CPU": 2.0}, None)
+def test_a_gpu_is_taken_where_the_cluster_has_some():
+    auto = replace(MODEL, gpu_if_any=True)
+    machines = nodes({"CPU": 4.0}, {"CPU": 4.0, "GPU": 2.0})
+    assert sized(TASK, auto, machines, gpus=True)[1] == Pool(Need(1.0, 1.0), 1, 2)
+    assert sized(TASK, auto, nodes({"CPU": 4.0}))[1] == Pool(Need(1.0), 1, None)
+    with pytest.raises(MissingResourcesError, match=r"needs 1 CPU \+ 1 GPU"):
+        sized(TASK, auto, machines[:1], gpus=True)
+
+
+def test_labels_and_custom_resources_bound_a_pool_to_their_nodes():
+    machines = [*nodes({"CPU": 8.0}), *nodes({"CPU": 3.0, "fetcher": 2.0}, labels={"pool": "models"})]
+    labelled = replace(MODEL, labels=(("pool", "models"),))
+    assert sized(TASK, labelled, machines)[1].most == 3
+    assert sized(TASK, replace(labelled, labels=(("pool", "!models"),)), machines)[1].most == 7
+    assert sized(TASK, replace(labelled, labels=(("pool", "in(models, others)"),)), machines)[1].most == 3
+    assert sized(TASK, replace(MODEL, custom=(("fetcher", 0.5),)), machines)[1].most == 3
+    assert sized(TASK, replace(MODEL, memory=2**30), nodes({"CPU": 8.0, "memory": 3.5 * 2**30}))[1].most == 3
+
+
+def test_what_no_node_has_is_named_with_the_stage_and_the_nodes():
+    machines = nodes({"CPU": 2.0}, {"CPU": 2.0})
+    with pytest.raises(MissingResourcesError) as missing:
+        sized(TASK, replace(ON_GPU, labels=(("pool", "gpu"),)), machines)
+    assert str(missing.value).startswith(
+        "a worker of chars needs 1 CPU + 0.5 GPU + label pool=gpu, and no node of the Ray cluster has that "
+        "(2 x a node: CPU 2). Add such nodes, or say in the config what it needs: engine.stages.chars"
+    )
+    assert "models.device: cpu" in str(missing.value)
+    two = replace(TASK, gpus=1.0)
+    with pytest.raises(MissingResourcesError, match="no room beside the other stages"):
+        sized(two, replace(MODEL, gpus=1.0), nodes({"CPU": 4.0, "GPU": 1.0}))
+
+
+def test_slots_are_the_workers_that_can_be_busy_at_a_time():
+    machines = nodes({"CPU": 16.0})
+    assert slots(sized(TASK, MODEL, machines), machines) == 16
+    assert slots(sized(TASK, MODEL, machines, workers=3), machines) == 16
+    assert slots(sized(replace(TASK, cpus=4), MODEL, machines, workers=2), machines) == 2 + 3
+    one = nodes({"CPU": 1.0})
+    assert slots(sized(TASK, MODEL, one), one) == 2
+    gpus = nodes({"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0})
+    assert slots(sized(TASK, ON_GPU, gpus), gpus) == 4 + 8
 
 
 def test_a_failed_stage_arrives_as_its_own_error(tmp_path: Path):

@@ -1,0 +1,161 @@
+"""Starting Ray or joining a cluster, and seeing that its workers have the code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pairmill.errors import EngineError
+from schemas.config import Engine as EngineConfig
+
+LOCAL_ADDRESS = "127.0.0.2"
+"""Keeps a cluster of our own on loopback; Ray rewrites 127.0.0.1 to the host's address, but not this one."""
+
+PACKAGES = ("pairmill", "schemas", "filters", "captioners", "pipelines")
+"""What a worker must be able to import."""
+
+PROBE_S = 300.0
+"""How long a cluster may take to start a worker with its runtime environment, on a node that is there."""
+
+
+@contextlib.contextmanager
+def session(config: EngineConfig) -> Iterator[tuple[str, bool]]:
+    """Join the cluster that the config or RAY_ADDRESS names, or one that runs here; else start one on this machine.
+    Gives its name, and whether it is our own, which nobody adds machines to.
+
+    Raises:
+        EngineError: Ray is not installed, the cluster cannot be reached, or its workers lack the code.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray.init; pairmill never calls home
+    # A worker without GPUs sees none, or a model of `device: auto` would take one that another worker has.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its core would log reaches us as an exception
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise EngineError(
+            "engine.kind is ray, but Ray is not installed; pip install 'ray[data]' or run with --set engine.kind=local"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log reaches us as an exception
+    if ray.is_initialized():
+        yield "ray (joined)", False
+        return
+    name, own = _start(config)
+    try:
+        if not own:
+            _probe()
+        yield name, own
+    finally:
+        ray.shutdown()
+
+
+def _start(config: EngineConfig) -> tuple[str, bool]:
+    import ray
+
+    address = config.address
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.runtime_env:
+        common["runtime_env"] = dict(config.runtime_env)
+    wanted = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    try:
+        if wanted and wanted != "local":
+            ray.init(address=wanted, **common)
+            return f"ray cluster at {wanted}", False
+        if address == "auto" and not wanted:
+            with contextlib.suppress(ConnectionError):
+                ray.init(address="auto", **common)
+                return "ray cluster that runs here", False
+        with _import_path(), _without_greeting():
+            ray.init(address="local", include_dashboard=False, _node_ip_address=LOCAL_ADDRESS, **common)
+    except ValueError as error:
+        raise EngineError(
+            f"Ray refuses the settings ({error}); check engine.address, RAY_ADDRESS and engine.runtime_env. In a job "
+            "that `ray job submit` started, say each part of the runtime environment either there or in the config"
+        ) from error
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise EngineError(
+            f"cannot start or reach Ray ({wanted or 'local'}): {error}; check engine.address and RAY_ADDRESS, or run "
+            "with --set engine.kind=local"
+        ) from error
+    return f"ray, started here with {int(ray.cluster_resources().get('CPU', 0))} CPUs", True
+
+
+def _probe() -> None:
+    """Import the packages once on each node of a cluster that others started.
+
+    Raises:
+        EngineError: a node cannot.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def imports(packages: tuple[str, ...]) -> str | None:  # nested, so that it travels by value
+        import importlib
+
+        try:
+            for package in packages:
+                importlib.import_module(package)
+        except ImportError as error:
+            return str(error)
+        return None
+
+    probe = ray.remote(num_cpus=0, max_retries=0)(imports)
+    asked = {
+        probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(PACKAGES): n
+        for n in ray.nodes()
+        if n["Alive"]
+    }
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_S)
+    for answer in [*done, *late]:
+        address = asked[answer]["NodeManagerAddress"]
+        try:
+            lacking = ray.get(answer, timeout=0)
+        except ray.exceptions.RuntimeEnvSetupError as error:
+            raise EngineError(f"node {address} cannot set engine.runtime_env up: {error}") from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise EngineError(
+                f"node {address} of the Ray cluster started no worker in {PROBE_S:.0f} s; look at its state (ray "
+                "status, ray logs) and at the runtime environment"
+            ) from error
+        except ray.exceptions.RayError:  # the node was lost meanwhile: no matter, others do its work
+            continue
+        if lacking is not None:
+            raise EngineError(
+                f"workers on node {address} of the Ray cluster lack the code ({lacking}). Submit the run with it (ray "
+                "job submit --working-dir . -- python -m pairmill run ...), say engine.runtime_env: {working_dir: .}, "
+                "or install pairmill and its requirements on every node"
+            )
+
+
+@contextlib.contextmanager
+def _import_path() -> Iterator[None]:
+    """Workers of a cluster started here inherit this environment, so they import what the driver can import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@contextlib.contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Ray's core writes a line about its log level straight to file descriptor 2 while it starts; errors are raised."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(nowhere)
+        os.close(saved)
