@@ -62,8 +62,9 @@ def _watched_workers(lost: threading.Event) -> Iterator[None]:
 def _ports_on_loopback() -> Iterator[None]:
     from apache_beam.runners.portability import local_job_service
     from apache_beam.runners.portability.fn_api_runner import worker_handlers
+    from apache_beam.runners.worker import worker_pool_main
 
-    modules = (worker_handlers, local_job_service)
+    modules = (worker_handlers, local_job_service, worker_pool_main)
     grpc = worker_handlers.grpc
     for module in modules:
         module.grpc = _Loopback(grpc)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,16 +76,25 @@ def checked(flags: Sequence[str]) -> tuple[str, list[str]]:
     if name == "DirectRunner" and not parse(flags).prism_location:
         # Beam 2.77 would look for Prism first, and fetch it from the web. Of our pipelines none has a trigger.
         flags += ["--allow_unsafe_triggers"]
-    try:
+    with _explained(name):
         runner = create_runner(path)
-    except (ImportError, AttributeError) as error:
-        extra = {"DataflowRunner": "gcp", "DaskRunner": "dask"}.get(name)
-        advice = f"pip install 'apache-beam[{extra}]'" if extra else "is it spelled right, and installed?"
-        raise EngineError(f"the runner {name} cannot be loaded: {error}; {advice}") from error
     problems = PipelineOptionsValidator(beam.PipelineOptions(flags), runner).validate()
     if problems:
         raise ConfigError("pipeline options: " + "; ".join(str(problem) for problem in problems))
+    if name == "DataflowRunner":
+        with _explained(name):
+            importlib.import_module("apache_beam.runners.dataflow.internal.apiclient")
     return name, flags
+
+
+@contextlib.contextmanager
+def _explained(runner: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        extra = {"DataflowRunner": "gcp", "DaskRunner": "dask"}.get(runner)
+        advice = f"pip install 'apache-beam[{extra}]'" if extra else "is it spelled right, and installed?"
+        raise EngineError(f"the runner {runner} cannot be loaded: {error}; {advice}") from error
 
 
 @contextlib.contextmanager
@@ -135,10 +145,8 @@ def parse(flags: Sequence[str]) -> argparse.Namespace:
 
 def _know_dask() -> None:
     """Dask's options are known once its runner was imported."""
-    try:
+    with _explained("DaskRunner"):
         from apache_beam.runners.dask import dask_runner  # noqa: F401
-    except ImportError as error:
-        raise EngineError(f"Dask is not installed ({error}); pip install 'apache-beam[dask]'") from error
 
 
 class _Parser(beam._BeamArgumentParser):
