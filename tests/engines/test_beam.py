@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
+from pairmill.dedup.semantic import SemanticNeighbours
 from pairmill.engines import in_cells, open_engine
 from pairmill.engines.beam import BeamEngine
 from pairmill.engines.beam.outbox import FOLDER, Outbox, clear
@@ -23,13 +25,15 @@ from pairmill.plan import compile_plan
 from pairmill.report.progress import Silent
 from pairmill.run import load_recipe, refresh
 from pairmill.store import Dataset
-from schemas.config import RunConfig
+from schemas.config import Engine, RunConfig
 from tests.contract.test_equality import table_digests
+from tests.dedup.synthetic import clusters, live
 from tests.engines.beam_steps import rank
 from tests.steps import config, texts, write_urls
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IN_MEMORY = ("--runner=FnApiRunner",)
+LOOPBACK = ("--environment_type=LOOPBACK",)
 PROCESSES = ("--runner=FnApiRunner", "--direct_running_mode=multi_processing", "--direct_num_workers=2")
 RECIPE = "tests.engines.beam_steps:recipe"
 
@@ -41,21 +45,32 @@ def beam(*options: str) -> dict[str, object]:
 # -- equality, and workers that die --
 
 
-def deadly(root: Path, table: Path, engine: dict[str, object]) -> dict[str, dict[str, str]]:
+def deadly(root: Path, table: Path, recipe: str, *options: str) -> dict[str, dict[str, str]]:
     """The tables of a run over three shards, in one of which a row kills its worker."""
-    run = config(root, table, engine=engine, recipe=RECIPE, options={"words": 0}, shard_size=20)
+    run = config(root, table, engine=beam(*options), recipe=recipe, options={"words": 0}, shard_size=20)
     record = refresh(run, Silent()).snapshot
     assert record is not None and record.reasons["error.crash"] == 1
     assert record.admitted == 56 == record.kept + sum(record.reasons.values())
     assert not list((root / "dataset" / MARKS).iterdir())
-    return table_digests(run)
+    return {name: digests for name, digests in table_digests(run).items() if not name.startswith("rank")}
 
 
 def test_a_row_that_kills_its_worker_is_quarantined_on_beams_own_processes_and_on_dask(tmp_path: Path):
     table = write_urls(tmp_path / "urls.parquet", [*texts(30), "abort the worker", *texts(25)])
-    processes = deadly(tmp_path / "processes", table, beam(*PROCESSES))
-    assert deadly(tmp_path / "dask", table, beam("--runner=DaskRunner")) == processes
+    processes = deadly(tmp_path / "processes", table, "tests.steps:recipe", *PROCESSES)
+    assert deadly(tmp_path / "dask", table, RECIPE, "--runner=DaskRunner") == processes
     assert not list(tmp_path.glob(f"*/dataset/{FOLDER}")), "the outboxes go"
+
+
+def test_the_job_api_of_flink_spark_and_prism_gives_the_tables_of_the_local_engine(tmp_path: Path):
+    """By the job server that Beam has in Python, with cells and metrics."""
+    table = write_urls(tmp_path / "urls.parquet", texts(100))
+    found = []
+    for engine in ({"kind": "local"}, beam("--runner=PortableRunner", "--job_endpoint=embed", *LOOPBACK)):
+        run = config(tmp_path / str(engine["kind"]), table, engine=engine, recipe=RECIPE, shard_size=20)
+        refresh(run, Silent())
+        found.append(table_digests(run))
+    assert found[0] == found[1]
 
 
 # -- a driver that is interrupted, one that is killed --
@@ -162,6 +177,17 @@ def test_workers_of_a_pipeline_that_nobody_waits_for_do_nothing_more(
     assert Unit.loads(text).computed == {"words": 20} and files(tmp_path) == 1
     clear(job.dataset)  # as the next run does, after this one's driver was killed
     assert list(group.process(units[1].dumps())) == [] and files(tmp_path) == 1
+
+
+def test_neighbours_are_those_of_the_local_engine_bit_for_bit(tmp_path: Path):
+    rows = live(clusters([1, 2, 5] * 60, 0.05), chunks=3)
+    todo = pa.array([True] * len(rows))
+    stage = SemanticNeighbours(cells=6, probe=2)
+    with open_engine(Engine(kind="beam"), str(tmp_path)) as engine:
+        found = stage.measure(rows, todo, engine.scatter)
+        assert engine.result is not None, "the work was Beam's"
+    assert found.equals(stage.measure(rows, todo, in_cells))
+    assert pc.sum(pc.list_value_length(found["neighbours"])).as_py() > 1000
 
 
 def tables(rows: int) -> Iterator[pa.Table]:
