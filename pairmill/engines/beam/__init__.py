@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pairmill.engines.beam.harness import mended
+from pairmill.engines.beam.harness import mended, silent, told
 from pairmill.engines.beam.outbox import Outbox, clear
 from pairmill.errors import ConfigError, EngineError, StoreError
 from pairmill.execute import Job, Unit
@@ -91,20 +91,14 @@ def _options() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Beam would log reaches us as an exception; and that parts of Google's cloud are not installed is no news."""
-    root, beam = logging.getLogger(), logging.getLogger("apache_beam")
-    level = beam.level
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("apitools not found")
-
-    beam.setLevel(logging.CRITICAL)
-    root.addFilter(wanted)
+    """What Beam would log reaches us as an exception."""
+    root = logging.getLogger()
+    root.addFilter(told)
     try:
-        yield
+        with silent("apache_beam"):
+            yield
     finally:
-        root.removeFilter(wanted)
-        beam.setLevel(level)
+        root.removeFilter(told)
 
 
 @contextlib.contextmanager
@@ -222,8 +216,8 @@ class BeamEngine:
                 if not run.over:
                     outbox.shut()
                     run.stop()
+                run.close()
             self.result = run.result
-            run.close()
             if run.error is not None and lost.is_set():
                 raise WorkerLost from run.error
             run.check(self.name)

@@ -1,4 +1,4 @@
-"""What Beam 2.77's runner on this machine lacks, for as long as a pipeline runs.
+"""What Beam 2.77's runner on this machine lacks, for as long as a pipeline runs; and silence.
 
 With ``--direct_running_mode=multi_processing`` it waits for ever for a worker process that died, and it opens its gRPC
 ports, which anybody may talk to, on all interfaces of the machine.
@@ -8,11 +8,37 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+
+def told(record: logging.LogRecord) -> bool:
+    """A filter for the root logger: that parts of Google's cloud are not installed is no news."""
+    return not str(record.msg).startswith("apitools not found")
+
+
+def dask_setup(worker: Any) -> None:  # noqa: ARG001 (Dask calls it in each worker that has this module preloaded)
+    """Be as silent as the driver. Ctrl-C reaches the driver, which stops the workers in order."""
+    logging.getLogger().addFilter(told)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL + 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def silent(*names: str) -> Iterator[None]:
+    """These loggers say nothing."""
+    levels = [(logger, logger.level) for logger in map(logging.getLogger, names)]
+    for logger, _ in levels:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

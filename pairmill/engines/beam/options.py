@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from apache_beam.options import pipeline_options as beam
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners.runner import create_runner
 
+from pairmill.engines.beam import harness
 from pairmill.errors import ConfigError, EngineError
 
 RUNNERS = {
@@ -115,6 +117,7 @@ def chosen_runner(flags: Sequence[str], workers: int | None, dataset_is_local: b
         raise ConfigError("dataset: Dataflow's workers cannot reach a disk of this machine; give gs://... or s3://...")
     with contextlib.ExitStack() as stack:
         if name == "DaskRunner":
+            stack.enter_context(harness.silent("distributed", "distributed.client"))
             flags += stack.enter_context(_dask(flags, workers))
         options = beam.PipelineOptions(flags)
         slots, processes = _size(name, options)
@@ -193,9 +196,14 @@ def _dask(flags: Sequence[str], workers: int | None) -> Iterator[list[str]]:
     if given.address or given.scheduler_file:
         yield more
         return
-    count = workers or os.cpu_count() or 1
-    quiet: dict[str, Any] = {"scheduler_kwargs": {"dashboard": False}, "silence_logs": 50}
-    # It has an HTTP server even without a dashboard, and warns where the usual port is taken.
-    where = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-    with LocalCluster(n_workers=count, threads_per_worker=1, **where, **quiet) as cluster:
+    here: dict[str, Any] = {
+        "n_workers": workers or os.cpu_count() or 1,
+        "threads_per_worker": 1,
+        "host": "127.0.0.1",
+        "dashboard_address": "127.0.0.1:0",  # there is a server in any case, which warns where its usual port is taken
+        "scheduler_kwargs": {"dashboard": False},
+        "silence_logs": logging.CRITICAL,
+        "preload": [harness.__name__],
+    }
+    with LocalCluster(**here) as cluster:
         yield [*more, f"--dask_client_address={cluster.scheduler_address}"]
