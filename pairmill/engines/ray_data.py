@@ -81,12 +81,15 @@ class RayEngine:
         Raises:
             EngineError: the cluster has no room for a group, or workers die again and again.
         """
-        import ray
-
         has_gpus = any(node.resources.get("GPU") for node in alive_nodes())
         sizing = Sizing(job, self._config.workers, has_gpus, _grows())
-        patience = Patience(self._wait_s)
-        source = iter(units)
+        with contextlib.closing(Patience(self._wait_s)) as patience:
+            yield from self._streams(sizing, iter(units), patience)
+
+    def _streams(self, sizing: Sizing, source: Iterator[Unit], patience: Patience) -> Iterator[Unit]:
+        """One stream after the other, until there are no more units."""
+        import ray
+
         left: dict[int, str] = {}
         breaks = 0
         while True:
@@ -98,7 +101,7 @@ class RayEngine:
                 return
             pools = [pool.for_units(len(left)) for pool in pools]
             try:
-                for unit in self._stream(job, list(left.values()), pools, Watch(sizing, pools, patience)):
+                for unit in self._stream(sizing.job, list(left.values()), pools, Watch(sizing, pools, patience)):
                     if left.pop(unit.shard, None) is not None:
                         breaks = 0
                         yield unit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -41,7 +40,7 @@ class Patience:
         """All groups have room."""
         if self._since is not None:
             log.warning("the Ray cluster has room for all stages again, after %.0f s", time.monotonic() - self._since)
-            _ask_autoscaler(())
+            self.close()
         self._since = None
 
     def lacking(self, missing: MissingResourcesError) -> None:
@@ -58,6 +57,7 @@ class Patience:
             return
         waited = now - self._since
         if waited >= self._wait_s:
+            self.close()
             raise EngineError(
                 f"{missing}; waited {waited:.0f} s (engine.wait_s). What was committed is kept: run the command again "
                 "when they are there"
@@ -65,12 +65,18 @@ class Patience:
         log.warning("%s; waiting up to %.0f s more (engine.wait_s)", missing, self._wait_s - waited)
         self._said = now
 
+    def close(self) -> None:
+        """The run ends: nothing more is asked of the autoscaler, which otherwise would keep nodes for it."""
+        if self._since is not None:
+            _ask_autoscaler(())
+
 
 def _ask_autoscaler(needs: Sequence[Need]) -> None:
     """Ask for room for one worker of each group; nothing happens where no autoscaler runs. No needs: ask no more."""
+    import ray
     from ray.autoscaler.sdk import request_resources
 
-    with contextlib.suppress(ValueError):  # of an older Ray: shapes that its autoscaler does not know
+    if ray.is_initialized():
         request_resources(
             bundles=[need.amounts for need in needs], bundle_label_selectors=[dict(need.labels) for need in needs]
         )

@@ -51,6 +51,7 @@ def _here() -> dict[str, Any]:
         "node": context.get_node_id(),
         "gpus": ray.get_gpu_ids(),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "environment": os.environ.get("PLACED"),
         "held": context.get_assigned_resources(),
         "pid": os.getpid(),
     }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pairmill.engines import ray_watch
 from pairmill.engines.ray_pools import MissingResourcesError, Need, Node, Pool, Sizing, slots
-from pairmill.errors import StageFailed
+from pairmill.engines.ray_watch import Patience, ResizeError, Watch
+from pairmill.errors import EngineError, StageFailed
 from pairmill.execute import Job
 from pairmill.plan import Recipe, compile_plan
 from pairmill.report.progress import Silent
@@ -96,6 +99,62 @@ def test_what_no_node_has_is_named_with_the_stage_and_the_nodes():
     two = replace(TASK, gpus=1.0)
     with pytest.raises(MissingResourcesError, match="no room beside the other stages"):
         sized(two, replace(MODEL, gpus=1.0), nodes({"CPU": 4.0, "GPU": 1.0}))
+
+
+class Clock:
+    """Stands in for the module `time` of a watch."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_watch_gives_a_stream_up_for_another_size_that_lasts(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(ray_watch, "time", clock)
+    machines = nodes({"CPU": 2.0}, {"CPU": 1.0})
+    sizing = Sizing(job(replace(TASK, cpus=2), replace(TASK, cpus=2, rows=32)))
+    offered = machines
+    watch = Watch(sizing, sizing.pools(machines), Patience(60), lambda: offered)
+    stream: Any = SimpleNamespace(_topology={})
+
+    def look_until(now: float) -> None:
+        while clock.now < now:
+            clock.now += 1.0
+            watch.step(stream)
+
+    look_until(4.0)
+    offered = machines[1:]  # for a moment, tasks of half the CPUs would be right
+    look_until(10.0)
+    offered = machines
+    look_until(20.0)
+    offered = machines[1:]
+    with pytest.raises(ResizeError):
+        look_until(40.0)
+    assert 30.0 <= clock.now < 36.0
+
+
+def test_a_watch_waits_for_what_is_missing_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    clock = Clock()
+    monkeypatch.setattr(ray_watch, "time", clock)
+    machines = nodes({"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0})
+    sizing = Sizing(job(TASK, ON_GPU))
+    watch = Watch(sizing, sizing.pools(machines), Patience(100), lambda: machines[:1])
+    stream: Any = SimpleNamespace(_topology={})
+
+    def look() -> None:
+        while clock.now < 200:
+            clock.now += 1.0
+            watch.step(stream)
+
+    with pytest.raises(EngineError, match=r"needs 1 CPU \+ 0\.5 GPU.*waited 1\d\d s \(engine\.wait_s\)"):
+        look()
+    assert 100 < clock.now < 110
+    assert caplog.text.count("waiting up to") == 2, "at once, and a minute later"
 
 
 def test_slots_are_the_workers_that_can_be_busy_at_a_time():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pairmill.engines import ray_session, ray_watch
 from pairmill.errors import EngineError
 from pairmill.query import query
 from pairmill.report.progress import Silent
@@ -82,7 +83,7 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
     texts = [*(f"text number {i}" for i in range(200)), *(f"slow text number {i}" for i in range(20))]
     pauses = {"words": 0.4, "chars": 1.0}
     grow = After(4, lambda: new.append(cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.4")))
-    run = run_on(cluster, tmp_path, texts, pauses, stages=stages)
+    run = run_on(cluster, tmp_path, texts, pauses, stages=stages, runtime_env={"env_vars": {"PLACED": "yes"}})
     refresh(run, grow)
     assert len(measured(run)) == 220
 
@@ -91,6 +92,7 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
     assert {line["node"] for line in chars} == gpu_nodes, "models ran on GPU nodes alone, on the new one too"
     assert all(line["held"]["GPU"] == 0.5 and len(line["gpus"]) == 1 for line in chars)
     words = lines(tmp_path / "log", "words")
+    assert {line["environment"] for line in [*words, *chars]} == {"yes"}
     assert not any("GPU" in line["held"] or line["gpus"] or line["visible"] for line in words), "tasks take no GPU"
     contrast = lines(tmp_path / "log", "contrast")
     assert {line["node"] for line in contrast} == {cluster.head_node.node_id}, "and none of a GPU node where it is said"
@@ -137,6 +139,29 @@ def test_a_run_that_loses_its_gpus_stops_in_time_and_is_resumed(cluster: Any, tm
     refresh(run, Silent())
     assert len(measured(run)) == 100
     assert len(lines(tmp_path / "log", "words")) < 2 * 20, "what was committed was not done again"
+
+
+def test_a_cluster_that_gets_smaller_goes_on_with_smaller_workers(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(ray_watch, "SETTLE_S", 1.0)
+    (node,) = cluster.worker_nodes
+    stages = {"words": {"cpus": 2}, "contrast": {"cpus": 2}, "chars": {"cpus": 1}}
+    run = run_on(cluster, tmp_path, [f"text {i}" for i in range(100)], {"words": 0.2}, stages=stages)
+    refresh(run, After(3, lambda: cluster.remove_node(node)))
+    assert len(measured(run)) == 100
+    assert "the Ray cluster is of another size" in caplog.text
+    held = {line["held"]["CPU"] for line in lines(tmp_path / "log", "words") if "held" in line}
+    assert held == {2.0, 1.0}
+
+
+def test_a_worker_without_the_code_is_found_before_anything_runs(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ray_session, "PACKAGES", ("pairmill", "not_on_the_workers"))
+    run = run_on(cluster, tmp_path, ["a text"], {}, stages={})
+    with pytest.raises(EngineError, match=r"node 127\.0\.0\.2 .* lack the code .*not_on_the_workers.*working-dir"):
+        refresh(run, Silent())
 
 
 def test_a_defect_of_the_code_stops_the_run_at_once_as_itself(cluster: Any, tmp_path: Path):
