@@ -331,6 +331,8 @@ class _Refresh:
                 self._run_units(engine, self.plan, number, units, frame)
 
     def _outdated(self, planned: PlannedStep) -> np.ndarray:
+        if not getattr(planned.step, "revises", ()):  # asked of every step: most need no look at the tables
+            return np.empty(0, np.int64)
         return outdated(self.plan, self._frame(), planned, retry=planned.name not in self.revised)
 
     def _revise(self, planned: PlannedStep) -> None:
