@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pairmill.engines.beam.outbox import FOLDER as OUTBOXES
 from pairmill.errors import ConfigError, StoreError
 from pairmill.integrity.findings import Finding, Integrity, Kind
 from pairmill.integrity.logs import (
@@ -363,6 +364,9 @@ class Examination:
                 owner = int(shard) if shard.isdigit() else None
                 detail = "a worker died on this shard, or is at work on it"
                 self._findings.append(Finding(Kind.LEFTOVER, "", owner, path, False, (), detail, size))
+            elif table == OUTBOXES:
+                detail = "of a run on Beam that was killed, or is under way"
+                self._findings.append(Finding(Kind.LEFTOVER, "", None, path, False, (), detail, size))
             elif path.endswith((".tmp", TORN)):
                 detail = "an unfinished file" if path.endswith(".tmp") else "a record that was set aside"
                 table = table if table in self.logs else ""

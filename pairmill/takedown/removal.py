@@ -40,6 +40,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pairmill.answers import fold
+from pairmill.engines.beam.outbox import clear
 from pairmill.errors import ConfigError, DatasetLocked, StoreError
 from pairmill.export.registry import KnownExport, known_exports
 from pairmill.export.takedown import Reach, Removal, remove_from_exports
@@ -494,7 +495,8 @@ class _Takedown:
         return opened.version() if same else view.record.tables[table]
 
     def delete(self, inventory: Inventory, findings: Findings) -> None:
-        """Delete every file that holds something of the pairs, and all that is of no use to anybody."""
+        """Delete every file that holds something of the pairs, and all that is of no use to anybody: vectors, too, that
+        a run on Beam left which was killed."""
         paths = [place.file.path for places in findings.places.values() for place in places]
         paths += [file.path for files in inventory.broken.values() for file in files]
         paths += inventory.unfinished
@@ -510,6 +512,7 @@ class _Takedown:
                 sync_folder(folder)
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)  # only when it is empty
+        clear(self.dataset.url)
 
     def mend_exports(self, account: TakedownReport, findings: Findings) -> TakedownReport:
         """Take the pairs out of all exports that can be reached."""

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from pairmill.answers import JOURNAL
 from pairmill.answers.place import OPEN
+from pairmill.engines.beam.outbox import FOLDER as OUTBOXES
 from pairmill.errors import ConfigError
 from pairmill.isolate import MARKS
 from pairmill.report.progress import Reporter, Silent
@@ -288,7 +289,7 @@ class _Survey:
 
     def _folder(self, folder: str) -> None:
         """What a run wrote that was killed before its first commit, or a removal before its last step."""
-        if folder == MARKS:
+        if folder in (MARKS, OUTBOXES):
             for info in self._find(folder).values():
                 self._goes_if_old(folder, LEFTOVER, info)
         elif folder == JOURNAL:  # its lines are what was paid for: `pairmill.answers.fold` removes them

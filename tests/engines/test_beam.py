@@ -20,11 +20,16 @@ from pairmill.engines.beam import BeamEngine
 from pairmill.engines.beam.outbox import FOLDER, Outbox, clear
 from pairmill.errors import EngineError
 from pairmill.execute import Frame, Job, Unit, table_files, units_to_do
+from pairmill.integrity import examine
+from pairmill.integrity.findings import Kind
 from pairmill.isolate import MARKS
 from pairmill.plan import compile_plan
+from pairmill.query import query
 from pairmill.report.progress import Silent
 from pairmill.run import load_recipe, refresh
 from pairmill.store import Dataset
+from pairmill.takedown import Selectors, forget
+from pairmill.versions import vacuum
 from schemas.config import Engine, RunConfig
 from tests.contract.test_equality import table_digests
 from tests.dedup.synthetic import clusters, live
@@ -119,6 +124,30 @@ def test_a_driver_that_was_interrupted_and_one_that_was_killed_are_gone_on_with(
     assert report.computed["words"] < 100, "what was finished is not done again"
     assert table_digests(run) == table_digests(calm)
     assert not (tmp_path / "dataset" / FOLDER).exists()
+
+
+@pytest.fixture
+def left_behind(tmp_path: Path) -> Dataset:
+    """A dataset with what a killed run would leave in it."""
+    table = write_urls(tmp_path / "urls.parquet", texts(30))
+    run = config(tmp_path, table)
+    refresh(run, Silent())
+    Outbox.make(run.dataset).put_parts("rows", [b"vectors"])
+    return Dataset(run.dataset)
+
+
+def test_verify_tells_what_a_killed_run_left_and_vacuum_removes_it_when_it_is_old(left_behind: Dataset):
+    leftovers = [f.path for f in examine(left_behind, Silent()).findings if f.kind is Kind.LEFTOVER]
+    assert [Path(path).name for path in leftovers] == ["open", "rows"]
+    assert vacuum(left_behind, dry_run=True).files == 0
+    assert vacuum(left_behind, grace_hours=0).files == 2
+    assert left_behind.fs.find(left_behind.path(FOLDER)) == []
+
+
+def test_a_takedown_removes_what_a_killed_run_left(left_behind: Dataset):
+    uid = query(left_behind.snapshot(), "SELECT uid FROM pairs LIMIT 1").to_pylist()[0]["uid"]
+    assert forget(left_behind, Selectors(uids=(uid,)), Silent()).pairs == 1
+    assert not left_behind.fs.exists(left_behind.path(FOLDER))
 
 
 # -- the engine itself --
