@@ -56,7 +56,7 @@ class Outbox:
     # -- what goes in --
 
     def put_parts(self, name: str, parts: Iterable[bytes]) -> list[Place]:
-        """Write one file of many parts, as they come; returns where each lies."""
+        """Write one file of many parts, none of them empty, as they come; returns where each lies."""
         places, start = [], 0
         path = self._path(name)
         with storage.explained(f"cannot write {path}"), self._store.fs.open(path, "wb") as file:
