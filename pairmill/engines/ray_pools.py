@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from pairmill.plan import Group
 
 SCALES = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """Parts of the CPUs that stages ask for, tried in this order: a small machine runs all groups, each with less."""
+SHARES = (1.0, 1 / 2, 1 / 4, 1 / 8)
+"""Shares of a GPU for groups that take one where there is one: a single GPU has room for several models."""
 
 ALMOST = 1e-6
 """Ray counts resources in steps of 0.0001."""
@@ -118,12 +121,12 @@ class Sizing:
     grows: bool = False
     """Whether an autoscaler adds nodes, so that pools are not bounded by those that are there."""
 
-    def needs(self, scale: float = 1.0) -> list[Need]:
-        """What a worker of each group occupies, with only a part of its CPUs."""
+    def needs(self, scale: float = 1.0, share: float = 1.0) -> list[Need]:
+        """What a worker of each group occupies: a part of its CPUs, and a share of a GPU where it takes one if any."""
         needs = []
         for group in self.job.groups:
             wants = group.resources
-            gpus = 1.0 if wants.gpu_if_any and not wants.gpus and self.gpus else wants.gpus
+            gpus = share if wants.gpu_if_any and not wants.gpus and self.gpus else wants.gpus
             needs.append(Need(wants.cpus * scale, gpus, wants.memory, wants.custom, wants.labels))
         return needs
 
@@ -137,8 +140,8 @@ class Sizing:
             MissingResourcesError: a group has no room, even so.
         """
         groups = self.job.groups
-        for scale in SCALES:
-            needs = self.needs(scale)
+        for scale, share in itertools.product(SCALES, SHARES):
+            needs = self.needs(scale, share)
             free = [_Free(node) for node in nodes]
             if self._place(needs, free) is None:
                 return [self._pool(groups[i], need, self._fits(i, needs, nodes)) for i, need in enumerate(needs)]
@@ -179,7 +182,7 @@ class Sizing:
 
     def _missing(self, nodes: Sequence[Node]) -> MissingResourcesError:
         """What to say when the groups do not fit: which one is the first that has no room, and what there is."""
-        needs = self.needs(SCALES[-1])
+        needs = self.needs(SCALES[-1], SHARES[-1])
         whole = self.needs()
         alone = [i for i, need in enumerate(needs) if not any(_Free(node).room(need) for node in nodes)]
         index = alone[0] if alone else self._place(needs, [_Free(node) for node in nodes])

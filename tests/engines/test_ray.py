@@ -75,6 +75,10 @@ def test_a_gpu_is_taken_where_the_cluster_has_some():
     assert sized(TASK, auto, nodes({"CPU": 4.0}))[1] == Pool(Need(1.0), 1, None)
     with pytest.raises(MissingResourcesError, match=r"needs 1 CPU \+ 1 GPU"):
         sized(TASK, auto, machines[:1], gpus=True)
+    both = sized(replace(auto, rows=16), auto, nodes({"CPU": 4.0, "GPU": 1.0}), gpus=True)
+    assert [(p.need.cpus, p.need.gpus, p.most) for p in both] == [(1.0, 0.5, 1), (1.0, 0.5, 1)], (
+        "two share the only one"
+    )
 
 
 def test_labels_and_custom_resources_bound_a_pool_to_their_nodes():
