@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import threading
 import time
@@ -97,9 +98,27 @@ class _Part:
         self.load((name,))
         stored = self._stored[name]
         chunks = [*stored.chunks, *(chunk for table in self._new for chunk in table.column(name).chunks)]
-        column = pa.chunked_array(chunks, type=stored.type)
-        index = self.position[rows]
+        return take(pa.chunked_array(chunks, type=stored.type), self.position[rows])
+
+
+def take(column: pa.ChunkedArray, index: np.ndarray) -> pa.ChunkedArray:
+    """The values at `index`, null where it is negative.
+
+    Images are taken from their chunks: Arrow's own take puts all chunks together first, which copies the images of the
+    whole shard and fails where they have more than 2 GiB.
+    """
+    if not pa.types.is_binary(column.type) or column.num_chunks < 2:
         return column.take(pa.array(index, mask=index < 0))
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    chunk = np.where(index < 0, -1, np.searchsorted(starts, index, side="right") - 1)
+    runs = np.flatnonzero(np.diff(chunk, prepend=-2, append=-2))
+    parts = [
+        pa.nulls(end - start, column.type)
+        if chunk[start] < 0
+        else column.chunk(chunk[start]).take(pa.array(index[start:end] - starts[chunk[start]]))
+        for start, end in itertools.pairwise(runs.tolist())
+    ]
+    return pa.chunked_array(parts, type=column.type)
 
 
 class Frame:
