@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pairmill.dedup import cells as search
 from pairmill.dedup.semantic import SemanticDuplicates, SemanticNeighbours
+from pairmill.engines import in_cells
 
 THRESHOLD = 0.95
 
@@ -61,7 +62,8 @@ def measure(
     """(neighbours, wall seconds, CPU seconds, kept rows)."""
     search.TRAINING_ROWS, search.ITERATIONS = training, iterations
     wall, cpu = time.perf_counter(), time.process_time()
-    output = SemanticNeighbours(cells=cells, probe=probe).measure(live, pa.array(np.ones(live.num_rows, dtype=bool)))
+    todo = pa.array(np.ones(live.num_rows, dtype=bool))
+    output = SemanticNeighbours(cells=cells, probe=probe).measure(live, todo, in_cells)
     seconds = time.perf_counter() - wall, time.process_time() - cpu
     lists = output.column("neighbours")
     judgement = SemanticDuplicates(THRESHOLD).judge(live.append_column("neighbours", lists))
