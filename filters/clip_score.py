@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow as pa
 from filters.image_rules import missing_image, with_image
 from pairmill.clip import Vectors
 from pairmill.models import ModelRef, load_clip, model_resources
+from pairmill.passes import BatchSize
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import Models
@@ -33,7 +34,7 @@ class ClipScore(Stage):
     model: ModelRef
     precision: str = "fp32"
     device: str = field(default="auto", metadata={"identity": False})
-    batch: int | Literal["auto"] = field(default="auto", metadata={"identity": False})
+    batch: BatchSize = field(default="auto", metadata={"identity": False})
     """Rows a forward pass (`pairmill.passes.rows_a_pass`)."""
 
     resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
@@ -81,7 +82,7 @@ class CaptionClipScore(Stage):
     model: ModelRef
     precision: str = "fp32"
     device: str = field(default="auto", metadata={"identity": False})
-    batch: int | Literal["auto"] = field(default="auto", metadata={"identity": False})
+    batch: BatchSize = field(default="auto", metadata={"identity": False})
     """Rows a forward pass (`pairmill.passes.rows_a_pass`)."""
 
     resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})

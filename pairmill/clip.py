@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pairmill.passes import Passes, rows_a_pass
+from pairmill.passes import BatchSize, Passes, rows_a_pass
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class LoadedClip:
     device: str
     input_dtype: Any
     """torch.dtype of the pixels that the model takes."""
-    batch: int | Literal["auto"] = "auto"
+    batch: BatchSize = "auto"
     """Rows of a forward pass; on a CPU an upper bound."""
     share: float = 1.0
     """Of the GPU's memory, this worker's part."""

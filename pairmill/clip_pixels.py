@@ -82,7 +82,7 @@ def recognised(transform: Any) -> ClipPixels | None:
     from PIL import Image
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
-    if type(transform) is not Compose:
+    if type(transform) is not Compose or len(transform.transforms) < 4:
         return None
     *shaping, convert, to_tensor, normalise = transform.transforms
     kinds = tuple(type(step) for step in shaping)
@@ -90,7 +90,7 @@ def recognised(transform: Any) -> ClipPixels | None:
         return None
     resize, last = shaping[0], shaping[-1]
     known = {InterpolationMode.BICUBIC: Image.Resampling.BICUBIC, InterpolationMode.BILINEAR: Image.Resampling.BILINEAR}
-    if resize.interpolation not in known:
+    if getattr(resize, "interpolation", None) not in known:
         return None
     mean, std = tuple(map(float, normalise.mean)), tuple(map(float, normalise.std))
     if kinds == (Resize,) and isinstance(resize.size, (tuple, list)) and len(resize.size) == 2:

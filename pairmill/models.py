@@ -10,10 +10,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pairmill.clip import LoadedClip
 from pairmill.errors import ConfigError
+from pairmill.passes import BatchSize
 from pairmill.stage import Resources
 from pairmill.weights import tiny_clip_dir
 from pairmill.weights_cache import folder_sha256, local_path
@@ -97,7 +98,7 @@ def load_clip(
     ref: ModelRef,
     device: str = "auto",
     precision: str = "fp32",
-    batch: int | Literal["auto"] = "auto",
+    batch: BatchSize = "auto",
     share: float = 1.0,
 ) -> LoadedClip:
     """Load a CLIP-like model by open_clip: from a local folder in open_clip's format, by a name and pretrained tag that

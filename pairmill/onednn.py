@@ -45,7 +45,7 @@ def pack(model: nn.Module) -> None:
 
 def _pack(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
+        if type(child) is nn.Linear and not _takes_weights(module, name):
             setattr(module, name, PackedLinear(child.weight, child.bias))
         elif _cuts_patches(child):
             setattr(module, name, PatchEmbedding(child))
@@ -142,6 +142,14 @@ def _cuts_patches(child: nn.Module) -> bool:
         and child.dilation == (1, 1)
         and child.groups == 1
     )
+
+
+def _takes_weights(parent: nn.Module, name: str) -> bool:
+    """Whether a module does more with a linear child than call it: the pooling of open_clip's ResNets, and timm's EVA,
+    BEiT and Swin v2 where queries have a bias of their own, hand its weights to a function; open_clip's text towers ask
+    what class their projection is of."""
+    pooling = type(parent).__name__ == "AttentionPool2d"
+    return pooling or name == "text_projection" or (name == "qkv" and getattr(parent, "q_bias", None) is not None)
 
 
 def _is_plain_self_attention(parent: nn.Module, child: nn.Module) -> bool:

@@ -28,6 +28,9 @@ Item = TypeVar("Item")
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
+BatchSize = int | Literal["auto"]
+"""``models.batch`` of a config."""
+
 AHEAD = 3
 """Passes whose inputs are made or ready while the device computes: one that is copied, one to follow, one in the
 making."""
@@ -177,7 +180,7 @@ def padded(inputs: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def rows_a_pass(
-    batch: int | Literal["auto"],
+    batch: BatchSize,
     device: str,
     on_cpu: int,
     run: Callable[[int], object],
@@ -205,15 +208,21 @@ def rows_a_pass(
     import torch
 
     few, more = (_peak_bytes(run, rows) for rows in AUTO_PROBES)
-    a_row = max(1.0, (more - few) / (AUTO_PROBES[1] - AUTO_PROBES[0]))
-    fixed = max(0.0, few - a_row * AUTO_PROBES[0])
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return power_of_two((total * min(1.0, share) * AUTO_SHARE - fixed) / a_row, most)
+    return rows_within(total * min(1.0, share) * AUTO_SHARE, (few, more), most)
 
 
-def power_of_two(rows: float, most: int) -> int:
-    """The largest power of two that is neither above `rows` nor above `most`; 1 at least."""
-    limit = int(min(rows, most))
+def rows_within(budget: float, peaks: tuple[float, float], most: int) -> int:
+    """Rows whose pass stays within a budget: a power of two, not above `most`, and 1 at least.
+
+    Args:
+        budget: bytes.
+        peaks: bytes that passes of `AUTO_PROBES` rows took; more rows take proportionally more.
+    """
+    few, more = peaks
+    a_row = (more - few) / (AUTO_PROBES[1] - AUTO_PROBES[0])
+    fixed = max(0.0, few - a_row * AUTO_PROBES[0])
+    limit = int(min(most, (budget - fixed) / a_row if a_row > 0 else most))
     return 1 << (limit.bit_length() - 1) if limit > 1 else 1
 
 
