@@ -16,7 +16,7 @@ from pairmill.blip import CPU_CAPTIONS, Checkpoint, cross_attention_cache, load_
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import Passes
+from pairmill.passes import Passes, fixed_rows
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields
@@ -94,7 +94,7 @@ class Captions(Stage):
             seed=config.seed,
             precision=models.precision,
             device=models.device,
-            batch=models.batch,
+            batch=fixed_rows(models.batch),
             resources=model_resources(models),
         )
 

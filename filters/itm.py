@@ -16,7 +16,7 @@ from pairmill.blip import Checkpoint, load_matcher
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import Passes
+from pairmill.passes import Passes, fixed_rows
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_itm_dir
 from schemas import fields
@@ -86,7 +86,7 @@ class ItmScore(Stage):
             models.itm.enc_token,
             precision=models.precision,
             device=models.device,
-            batch=models.batch,
+            batch=fixed_rows(models.batch),
             resources=model_resources(models),
         )
 

@@ -46,6 +46,9 @@ AUTO_MOST = 64
 """Rows of a pass on a GPU at most: a call of a stage is then several passes, so that inputs are made while it computes,
 and products are large already (16,448 tokens of ViT-L-14)."""
 
+UNMEASURED = 32
+"""Rows of a pass where `BatchSize` is auto and memory is not measured."""
+
 AUTO_PROBES = (2, 4)
 """Rows of the two passes whose memory is measured."""
 
@@ -210,6 +213,11 @@ def rows_a_pass(
     few, more = (_peak_bytes(run, rows) for rows in AUTO_PROBES)
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return rows_within(total * min(1.0, share) * AUTO_SHARE, (few, more), most)
+
+
+def fixed_rows(batch: BatchSize) -> int:
+    """Rows of a forward pass of models whose passes are not measured: `batch`, or 32 where it is auto."""
+    return UNMEASURED if batch == "auto" else batch
 
 
 def rows_within(budget: float, peaks: tuple[float, float], most: int) -> int:

@@ -190,8 +190,9 @@ class Models(Section):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model's arithmetic")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch: int = Field(
-        32, gt=0, description="rows a forward pass; always padded to this, so results never depend on it"
+    batch: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="rows a forward pass; auto: on a GPU as its memory allows. On a CPU it is the most that a pass has",
     )
 
 

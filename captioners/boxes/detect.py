@@ -20,6 +20,7 @@ from filters.image_rules import with_image
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
+from pairmill.passes import fixed_rows
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import Boxes, RunConfig
@@ -81,7 +82,7 @@ class Detections(Stage):
             captions,
             models.precision,
             models.device,
-            models.batch,
+            fixed_rows(models.batch),
             model_resources(models),
         )
 

@@ -16,7 +16,7 @@ from filters.image_rules import with_image
 from pairmill.boxes import Box
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import in_passes, padded
+from pairmill.passes import fixed_rows, in_passes, padded
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from schemas import fields
 from schemas.config import RunConfig
@@ -78,7 +78,7 @@ class Masks(Stage):
             models.detector is not None,
             models.precision,
             models.device,
-            models.batch,
+            fixed_rows(models.batch),
             model_resources(models),
         )
 
