@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pairmill.errors import EngineError
 from pairmill.plan import Recipe
-from pairmill.stage import GlobalStage, Scatter
+from pairmill.stage import Batch, GlobalStage, Kernel, Scatter
 from schemas import fields
 from schemas.config import RunConfig
 from tests import steps
@@ -46,6 +49,28 @@ def rank(rows: pa.Table) -> pa.Table:
     chars = rows["chars"].to_pylist()
     ranks = [float(sum(c < mine for c in chars)) for mine in chars]
     return pa.table({"row": rows["row"], "contrast": pa.array(ranks, pa.float32())})
+
+
+@dataclass(frozen=True)
+class Alone(steps.CountChars):
+    """As `CountChars`, slowly; writes down that it was opened, and fails when two threads call it at once."""
+
+    log: str = field(default="", compare=False, metadata={"identity": False})
+
+    def open(self) -> Kernel:
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write("opened\n")
+        count, turn = super().open(), threading.Lock()
+
+        def alone(batch: Batch) -> pa.Table:
+            if not turn.acquire(blocking=False):
+                raise EngineError("two threads at once")
+            time.sleep(0.15)
+            output = count(batch)
+            turn.release()
+            return output
+
+        return alone
 
 
 def recipe(config: RunConfig) -> Recipe:

@@ -3,6 +3,7 @@ the driver costs nothing; its metrics."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -23,18 +24,19 @@ from pairmill.execute import Frame, Job, Unit, table_files, units_to_do
 from pairmill.integrity import examine
 from pairmill.integrity.findings import Kind
 from pairmill.isolate import MARKS
-from pairmill.plan import compile_plan
+from pairmill.plan import Recipe, compile_plan
 from pairmill.query import query
 from pairmill.report.progress import Silent
 from pairmill.run import load_recipe, refresh
+from pairmill.stage import WORKERS_ENV
 from pairmill.store import Dataset
 from pairmill.takedown import Selectors, forget
 from pairmill.versions import vacuum
 from schemas.config import Engine, RunConfig
 from tests.contract.test_equality import table_digests
 from tests.dedup.synthetic import clusters, live
-from tests.engines.beam_steps import rank
-from tests.steps import config, texts, write_urls
+from tests.engines.beam_steps import Alone, rank
+from tests.steps import AtLeast, CountWords, config, texts, write_urls
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IN_MEMORY = ("--runner=FnApiRunner",)
@@ -193,15 +195,35 @@ def test_metrics_say_what_the_units_say(admitted: tuple[RunConfig, Job, list[Uni
     assert times["milliseconds/words"].count == 5
 
 
-def test_workers_of_a_pipeline_that_nobody_waits_for_do_nothing_more(
+def test_threads_share_a_model_and_results_come_while_the_pipeline_runs(
     admitted: tuple[RunConfig, Job, list[Unit]], tmp_path: Path
+):
+    run, _, _ = admitted
+    dataset = Dataset(run.dataset)
+    plan = compile_plan(Recipe("alone", (CountWords(), AtLeast(1), Alone(log=str(tmp_path / "log")))))
+    units = list(units_to_do(plan, 0, Frame(dataset, plan, table_files(dataset, plan))))
+    threads = (*IN_MEMORY, "--direct_running_mode=multi_threading", "--direct_num_workers=3")
+    with open_engine(Engine(kind="beam", pipeline_options=threads), run.dataset) as engine:
+        stream = engine.run(Job(dataset.url, plan, 0, 0.02, 20), units)
+        first = next(stream)
+        assert engine.result is None, "the pipeline has not ended"
+        done = [first, *stream]
+    assert len(done) == len(units) == 5 and [unit.failure for unit in done] == [None] * 5
+    assert (tmp_path / "log").read_text() == "opened\n"
+    assert WORKERS_ENV not in os.environ
+
+
+def test_workers_of_a_pipeline_that_nobody_waits_for_do_nothing_more(
+    admitted: tuple[RunConfig, Job, list[Unit]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from pairmill.engines.beam.transforms import RunGroup
 
     _, job, units = admitted
     outbox = Outbox.make(job.dataset)
-    group = RunGroup(job, 0, units[0].wanted, outbox, 1)
+    monkeypatch.setenv(WORKERS_ENV, "1")
+    group = RunGroup(job, 0, units[0].wanted, outbox, 3)
     group.setup()
+    assert os.environ[WORKERS_ENV] == "3", "limits that are the run's are shared by three processes"
     (text,) = group.process(units[0].dumps())
     assert Unit.loads(text).computed == {"words": 20} and files(tmp_path) == 1
     clear(job.dataset)  # as the next run does, after this one's driver was killed

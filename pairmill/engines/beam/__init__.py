@@ -193,7 +193,7 @@ class BeamEngine:
                         "Beam's worker processes die again and again (out of memory, or killed); what was committed is "
                         "kept: run the command again, with fewer workers if memory was short"
                     ) from error
-                log.warning("a worker process of Beam died; %d pieces of work are left and go on", len(left))
+                log.warning("a worker process of Beam died; %d results are to come yet", len(left))
             else:
                 if left:
                     raise EngineError(

@@ -75,7 +75,7 @@ def checked(flags: Sequence[str]) -> tuple[str, list[str]]:
     """
     name, path = _named(flags)
     flags = [*flags, f"--runner={path}"]
-    if name == "DirectRunner" and not parse(flags).prism_location:
+    if name in ("DirectRunner", "SwitchingDirectRunner") and not parse(flags).prism_location:
         # Beam 2.77 would look for Prism first, and fetch it from the web. Of our pipelines none has a trigger.
         flags += ["--allow_unsafe_triggers"]
     with _explained(name):
