@@ -226,6 +226,7 @@ class _GroupActor:
     def __init__(self, sent: Shipment, group: int, wanted: Sequence[int], workers: int | None) -> None:
         if workers is not None:
             os.environ[WORKERS_ENV] = str(workers)
+        _see_what_is_booked()
         self._worker = Worker(sent.unpacked(group), group)
         self._worker.warm(wanted)
 
@@ -238,12 +239,22 @@ _task_workers: dict[tuple[str, int, int], tuple[Job, Worker]] = {}
 
 
 def _run_task(batch: dict[str, np.ndarray], sent: Shipment, group: int) -> dict[str, np.ndarray]:
+    _see_what_is_booked()
     key = (sent.job.dataset, sent.job.segment, group)
     job, worker = _task_workers.get(key, (None, None))
     if worker is None or job != sent.job:
         worker = Worker(sent.unpacked(group), group)
         _task_workers[key] = (sent.job, worker)
     return _run_batch(worker, batch)
+
+
+def _see_what_is_booked() -> None:
+    """Hide the GPUs of the machine from a worker that has booked none: a model of ``device: auto`` would take one that
+    other workers have. Ray itself hides them only from workers that have some."""
+    import ray
+
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def _run_batch(worker: Worker, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

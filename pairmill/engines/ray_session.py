@@ -31,8 +31,7 @@ def session(config: EngineConfig) -> Iterator[tuple[str, bool]]:
         EngineError: Ray is not installed, the cluster cannot be reached, or its workers lack the code.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray.init; pairmill never calls home
-    # A worker without GPUs sees none, or a model of `device: auto` would take one that another worker has.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its core would log reaches us as an exception
     try:
         import ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from pairmill.engines import ray_watch
+from pairmill.engines import ray_data, ray_watch
 from pairmill.engines.ray_pools import MissingResourcesError, Need, Node, Pool, Sizing, slots
 from pairmill.engines.ray_watch import Patience, ResizeError, Watch
 from pairmill.errors import EngineError, StageFailed
-from pairmill.execute import Job
+from pairmill.execute import Job, Unit
 from pairmill.plan import Recipe, compile_plan
 from pairmill.report.progress import Silent
 from pairmill.run import refresh
 from pairmill.stage import Resources
+from schemas.config import Engine as Config
 from tests.steps import AtLeast, CountChars, CountWords, config, write_urls
 
 
@@ -103,6 +105,41 @@ def test_what_no_node_has_is_named_with_the_stage_and_the_nodes():
     two = replace(TASK, gpus=1.0)
     with pytest.raises(MissingResourcesError, match="no room beside the other stages"):
         sized(two, replace(MODEL, gpus=1.0), nodes({"CPU": 4.0, "GPU": 1.0}))
+
+
+def test_units_go_through_streams_of_bounded_size_and_what_a_broken_one_left_goes_into_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    machines = nodes({"CPU": 2.0})
+    monkeypatch.setattr(ray_data, "wait_for_pools", lambda sizing, _: (sizing.pools(machines), machines))
+    monkeypatch.setattr(ray_data, "STREAM_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_data, "FEWEST_UNITS", 5)
+    monkeypatch.setattr(ray_data, "MOST_UNITS", 5)
+    taken: list[int] = []
+    streams: list[list[int]] = []
+
+    def source() -> Iterator[Unit]:
+        for shard in range(12):
+            taken.append(shard)
+            yield Unit(shard, "", {})
+
+    class Engine(ray_data.RayEngine):
+        def _stream(self, job: Job, texts: Sequence[str], pools: Sequence[Pool], watch: Watch) -> Iterator[Unit]:
+            units = [Unit.loads(text) for text in texts]
+            streams.append([unit.shard for unit in units])
+            assert len(taken) <= sum(len(set(s)) for s in streams)
+            if len(streams) == 2:
+                yield units[0]
+                raise ray.exceptions.NodeDiedError("a node died")
+            yield from units
+
+    import ray.exceptions
+
+    engine = Engine(Config(kind="ray"), "none")
+    done = [unit.shard for unit in engine._streams(Sizing(job(TASK, MODEL)), source(), Patience(0))]
+    assert sorted(done) == list(range(12))
+    assert streams == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [6, 7, 8, 9, 10], [11]]
+    assert engine.slots == 2
 
 
 class Clock:

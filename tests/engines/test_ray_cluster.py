@@ -19,7 +19,7 @@ from schemas.config import RunConfig
 from tests.engines.cluster_steps import lines
 from tests.steps import config, write_urls
 
-GPU_NODE: dict[str, Any] = {"num_cpus": 2, "num_gpus": 2, "labels": {"pool": "gpu"}}
+GPU_NODE: dict[str, Any] = {"num_cpus": 2, "num_gpus": 1, "labels": {"pool": "gpu"}}
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +78,14 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
     new: list[Any] = []
     stages = {
         "contrast": {"labels": {"pool": "cpu"}, "resources": {"fetcher": 1}},
-        "chars": {"cpus": 0.5, "gpus": 0.5, "max_workers": 6},
+        "chars": {"cpus": 0.5, "gpus": 0.5, "max_workers": 3},
     }
-    texts = [*(f"text number {i}" for i in range(200)), *(f"slow text number {i}" for i in range(20))]
-    pauses = {"words": 0.4, "chars": 1.0}
+    texts = [*(f"text number {i}" for i in range(100)), *(f"slow text number {i}" for i in range(20))]
+    pauses = {"words": 0.3, "chars": 1.0}
     grow = After(4, lambda: new.append(cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.4")))
     run = run_on(cluster, tmp_path, texts, pauses, stages=stages, runtime_env={"env_vars": {"PLACED": "yes"}})
     refresh(run, grow)
-    assert len(measured(run)) == 220
+    assert len(measured(run)) == 120
 
     gpu_nodes = {first.node_id, new[0].node_id}
     chars = lines(tmp_path / "log", "chars")
@@ -93,7 +93,9 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
     assert all(line["held"]["GPU"] == 0.5 and len(line["gpus"]) == 1 for line in chars)
     words = lines(tmp_path / "log", "words")
     assert {line["environment"] for line in [*words, *chars]} == {"yes"}
-    assert not any("GPU" in line["held"] or line["gpus"] or line["visible"] for line in words), "tasks take no GPU"
+    assert not any("GPU" in line["held"] or line["gpus"] or line["visible"] for line in words), (
+        "tasks take and see no GPU"
+    )
     contrast = lines(tmp_path / "log", "contrast")
     assert {line["node"] for line in contrast} == {cluster.head_node.node_id}, "and none of a GPU node where it is said"
     assert all(line["held"]["fetcher"] == 1 for line in contrast)
@@ -147,9 +149,9 @@ def test_a_cluster_that_gets_smaller_goes_on_with_smaller_workers(
     monkeypatch.setattr(ray_watch, "SETTLE_S", 1.0)
     (node,) = cluster.worker_nodes
     stages = {"words": {"cpus": 2}, "contrast": {"cpus": 2}, "chars": {"cpus": 1}}
-    run = run_on(cluster, tmp_path, [f"text {i}" for i in range(100)], {"words": 0.2}, stages=stages)
+    run = run_on(cluster, tmp_path, [f"text {i}" for i in range(60)], {"words": 0.3}, stages=stages)
     refresh(run, After(3, lambda: cluster.remove_node(node)))
-    assert len(measured(run)) == 100
+    assert len(measured(run)) == 60
     assert "the Ray cluster is of another size" in caplog.text
     held = {line["held"]["CPU"] for line in lines(tmp_path / "log", "words") if "held" in line}
     assert held == {2.0, 1.0}
