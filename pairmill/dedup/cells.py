@@ -9,8 +9,10 @@ vectors (`exact_cosines`).
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,9 @@ TRAINING_ROWS = 24
 """Rows a cell in the sample that cells are trained on."""
 ITERATIONS = 6
 """Of k-means; twice as many on more rows did not change recall (benchmarks/dedup.py)."""
+
+PRODUCTS = 1024
+"""Pairs of vectors multiplied at a time by a thread; those of 512 numbers fit its cache."""
 
 Matrix = npt.NDArray[np.float32]
 
@@ -104,13 +109,20 @@ class Embeddings:
 
 def exact_cosines(embeddings: Embeddings, left: Rows, right: Rows) -> npt.NDArray[np.float32]:
     """Inner products of pairs of vectors to six decimals, the same on every machine: each product of two float32 is
-    exact in float64, and the products are added as integers, in units of 2^-40."""
+    exact in float64, and the products are added in whole units of 2^-40, of which float64 holds 2^53."""
+
+    def cosines(i: int) -> npt.NDArray[np.float64]:
+        products = embeddings.take(left[i : i + PRODUCTS]).astype(np.float64)
+        products *= embeddings.take(right[i : i + PRODUCTS])
+        products *= 2.0**40
+        total: npt.NDArray[np.float64] = np.rint(products, out=products).sum(axis=1)
+        return np.minimum(np.round(total / 2.0**40, 6), 1.0)
+
     out = np.empty(len(left), dtype=np.float32)
-    for i in range(0, len(left), 8192):
-        part = slice(i, i + 8192)
-        products = embeddings.take(left[part]).astype(np.float64) * embeddings.take(right[part])
-        total = np.rint(products * 2.0**40).astype(np.int64).sum(axis=1)
-        out[part] = np.minimum(np.round(total / 2.0**40, 6), 1.0)
+    starts = range(0, len(left), PRODUCTS)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for i, part in zip(starts, threads.map(cosines, starts), strict=True):
+            out[i : i + PRODUCTS] = part
     return out
 
 
