@@ -1,6 +1,6 @@
 """Local, Ray and Beam side by side: what each engine costs over the stages that it runs, and how that grows.
 
-    python -m benchmarks.engines [--rows 2000,20000] [--engines local,local-2,ray,beam] [--rounds 1] [--out FILE]
+    python -m benchmarks.engines [--rows 2000,20000] [--engines local,local-2,ray,beam,beam-2] [--rounds 1] [--out FILE]
 
 The recipe clip_filter with the shipped tiny models over a procedural web's pictures in WebDataset tars: decoded and
 stored again as after a download, but by no web server, which would be what is measured. They are rendered once and kept
@@ -55,7 +55,12 @@ ENGINES: dict[str, dict[str, Any]] = {
     "local-2": {"kind": "local", "workers": 2},
     "ray": {"kind": "ray", "address": "local"},
     "beam": {"kind": "beam"},
+    "beam-2": {
+        "kind": "beam",
+        "pipeline_options": ["--direct_num_workers=2", "--direct_running_mode=multi_processing"],
+    },
 }
+"""Beam on its DirectRunner: a thread of the driver, and two processes, as the local engine."""
 START = 20
 """Rows of the run that tells what starting costs."""
 SAMPLES_A_TAR = 1000

@@ -210,4 +210,19 @@ def main_road(material: Material, dataset: Path, engine: dict[str, Any], rows: i
     )
 
 
-CASES: dict[str, Case] = {"everything": everything, "main_road": main_road}
+def visited(material: Material, dataset: Path, engine: dict[str, Any], rows: int) -> RunConfig:
+    """Images of the web and the boxes of their things: what is asked for again without any model."""
+    table = {"kind": "url_table", "path": str(material.folder / "urls.parquet"), "boxes": "boxes"}
+    return parse_config(
+        {
+            "dataset": str(dataset),
+            "recipe": "tests.captioners.boxes.recipe:recipe",
+            "source": table,
+            "shard_size": 24,
+            "engine": engine,
+            "download": {"allow_private_addresses": True, "retries": 0, "per_host": 32},
+        }
+    )
+
+
+CASES: dict[str, Case] = {"everything": everything, "main_road": main_road, "visited": visited}

@@ -172,7 +172,7 @@ def all_stages() -> set[type]:
 
 def test_every_stage_is_held_against_the_contract(material: cases.Material, tmp_path: Path) -> None:
     """A new stage belongs into a recipe of tests/contract/cases.py."""
-    covered: set[type] = {Revisit}  # which no recipe has: `test_every_stage...` runs it
+    covered: set[type] = {Revisit}  # which no recipe has: `test_visits_give_equal_tables_everywhere` runs it
     for case in cases.CASES.values():
         for step in load_recipe(case(material, tmp_path, LOCAL, 256)).steps:
             covered.add(type(step.stage if isinstance(step, Beside) else step))
@@ -182,7 +182,7 @@ def test_every_stage_is_held_against_the_contract(material: cases.Material, tmp_
 
 @pytest.mark.timeout(900)
 def test_every_stage_gives_equal_tables_everywhere(material: cases.Material, tmp_path: Path) -> None:
-    """Sources, download, every model, cells, verdicts, paid conversations, exports; and a visit to what changed."""
+    """Sources, download, every model, cells, verdicts, paid conversations and exports."""
     variants = [(LOCAL, 256), (LOCAL, 5), (RAY, 256), (BEAM, 16), *([(LOCAL, 1), (TWO, 16), (RAY, 7)] if SOAK else [])]
     runs = {label(*variant): cases.everything(material, tmp_path / label(*variant), *variant) for variant in variants}
     found = {}
@@ -191,12 +191,21 @@ def test_every_stage_gives_equal_tables_everywhere(material: cases.Material, tmp
         assert record is not None and 0 < record.kept < record.admitted == 72
         found[name] = content(run, tmp_path / f"{name}-out")
     check_equal(found)
-    scenes = [row.url for row in material.web.rows if row.scene is not None][:5]
-    material.web.change(scenes)
+
+
+@pytest.mark.timeout(600)
+def test_visits_give_equal_tables_everywhere(material: cases.Material, tmp_path: Path) -> None:
+    """Images that changed on the web meanwhile, their history, and what depends on them."""
+    variants = [(LOCAL, 256), (RAY, 256), (BEAM, 256), *([(TWO, 256)] if SOAK else [])]
+    runs = {label(*variant): cases.visited(material, tmp_path / label(*variant), *variant) for variant in variants}
+    for run in runs.values():
+        refresh(run, Silent())
+    material.web.change([row.url for row in material.web.rows if row.scene is not None][:5])
+    found = {}
     for name, run in runs.items():
         report = refresh(run, Silent(), revisit="true", admit=False)
         assert report.published and report.snapshot is not None and "image_history" in report.snapshot.tables
-        assert report.computed["revisit"] > report.computed["clip"] > 0
+        assert report.computed["revisit"] > report.computed["regions"] > 0
         found[name] = content(run, tmp_path / f"{name}-visited")
     check_equal(found)
 
