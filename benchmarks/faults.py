@@ -7,7 +7,7 @@ The command runs in a process of its own. What is killed, with nothing told befo
 - node: of a Ray cluster of three raylets, one with all its processes. In every other run a new machine joins some
   seconds later, as where spot machines are used; else the run ends on what is left.
 - worker: two to four worker processes, one after the other.
-- driver: the command itself, one to three times; each time it is started again at once, while what it left behind may
+- driver: the command itself, once or twice; each time it is started again at once, while what it left behind may
   still be at work. Told is how long the processes that it had started outlive it.
 
 A kill comes when a random share of the files is written that the run will write, and up to two seconds later, so that
@@ -60,6 +60,8 @@ BEAM = ("--runner=FnApiRunner", "--direct_num_workers=2", "--direct_running_mode
 WORKERS = {"ray": "ray::", "local": "--multiprocessing-fork"}
 """How the command lines of worker processes begin, or what is in them."""
 IDLE = "ray::IDLE"
+TRIES = 4
+"""How often a run is started anew that had ended before its random moment came."""
 SHARDS = 16
 OUTLIVE_S = 30.0
 """How long processes of a dead driver may be there."""
@@ -210,9 +212,8 @@ def workers(command: Command, engine: str) -> list[psutil.Process]:
 # -- the three kinds --------------------------------------------------------------------------------------------------
 
 
-def kill_workers(road: Road, trial: Trial, folder: Path, timeout_s: float) -> str:
+def kill_workers(road: Road, trial: Trial, folder: Path, timeout_s: float, chance: random.Random) -> str:
     """Two to four workers, one after the other."""
-    chance = random.Random(f"worker:{trial.engine}:{trial.seed}")
     command = Command(road.config(folder, ENGINES[trial.engine]))
     for share in sorted(chance.uniform(0.3, 0.9) for _ in range(chance.randint(2, 4))):
         found: list[psutil.Process] = []
@@ -228,12 +229,11 @@ def kill_workers(road: Road, trial: Trial, folder: Path, timeout_s: float) -> st
     return command.end(timeout_s)
 
 
-def kill_drivers(road: Road, trial: Trial, folder: Path, timeout_s: float) -> str:
-    """The command itself, one to three times; the last attempt is left in peace."""
-    chance = random.Random(f"driver:{trial.engine}:{trial.seed}")
+def kill_drivers(road: Road, trial: Trial, folder: Path, timeout_s: float, chance: random.Random) -> str:
+    """The command itself, once or twice; the last attempt is left in peace."""
     config = road.config(folder, ENGINES[trial.engine])
     watchers = []
-    for _ in range(chance.randint(1, 3)):
+    for _ in range(chance.randint(1, 2)):
         command = Command(config)
         if not command.works_on(chance.uniform(0, 1) * road.files[0], chance.uniform(0, 2)):
             break
@@ -268,9 +268,15 @@ class Machines:
     """A Ray cluster of three raylets on loopback addresses; what dies is replaced before the next run."""
 
     def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="pm-", ignore_cleanup_errors=True)  # a short path: sockets
+        os.environ.update(
+            RAY_TMPDIR=self._folder.name,  # so that no other Ray here takes this cluster for the one that runs
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_BACKEND_LOG_LEVEL="fatal",
+            PYTHONPATH=str(HERE.parent),
+        )
         from ray.cluster_utils import Cluster
 
-        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal", PYTHONPATH=str(HERE.parent))
         self._next = 3
         head = {"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -307,11 +313,13 @@ class Machines:
     def close(self) -> None:
         """Stop it."""
         self._cluster.shutdown()
+        self._folder.cleanup()
 
 
-def kill_node(road: Road, trial: Trial, folder: Path, timeout_s: float, machines: Machines) -> str:
+def kill_node(
+    road: Road, trial: Trial, folder: Path, timeout_s: float, chance: random.Random, machines: Machines
+) -> str:
     """One machine of three; sometimes another joins later."""
-    chance = random.Random(f"node:{trial.engine}:{trial.seed}")
     machines.complete()
     command = Command(road.config(folder, {"kind": "ray", "address": machines.address}))
     if command.works_on(chance.uniform(0.2, 0.95) * road.files[0], chance.uniform(0, 2)):
@@ -362,13 +370,18 @@ class Soak:
         if kind == "node" and self._machines is None:
             self._machines = Machines()
         self._prepare(road)
-        folder = self._folder / f"{kind}-{engine}-{seed}"
+        chance = random.Random(f"{kind}:{engine}:{seed}")
         begin = time.monotonic()
-        if kind == "node":
-            assert self._machines is not None
-            problem = kill_node(road, trial, folder, self._timeout_s, self._machines)
-        else:
-            problem = {"worker": kill_workers, "driver": kill_drivers}[kind](road, trial, folder, self._timeout_s)
+        for attempt in range(TRIES):
+            folder = self._folder / f"{kind}-{engine}-{seed}-{attempt}"
+            if kind == "node":
+                assert self._machines is not None
+                problem = kill_node(road, trial, folder, self._timeout_s, chance, self._machines)
+            else:
+                strike_at = {"worker": kill_workers, "driver": kill_drivers}[kind]
+                problem = strike_at(road, trial, folder, self._timeout_s, chance)
+            if problem or trial.kills:
+                break
         trial.seconds = round(time.monotonic() - begin, 1)
         trial.outcome, _, trial.detail = (problem or self._compared(road, folder)).partition(": ")
         if kind == "node" and trial.outcome == "hang":
