@@ -123,12 +123,14 @@ class Download(Section):
 
 
 class ModelChoice(Section):
-    """A model by name and pretrained tag, or by local folder. The word ``tiny`` alone means the shipped model."""
+    """A model by name and pretrained tag, or by folder. The word ``tiny`` alone means the shipped model."""
 
     name: str | None = Field(None, description="model name, such as ViT-L-14")
     pretrained: str | None = Field(None, description="pretrained tag, such as datacomp_xl_s13b_b90k")
     revision: str | None = Field(None, description="pinned revision of a hub model")
-    path: str | None = Field(None, description="local folder in the model's own format")
+    path: str | None = Field(
+        None, description="folder in the model's own format, local or a URL such as s3://bucket/folder"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -166,7 +168,7 @@ class ItmChoice(ModelChoice):
 class HeadChoice(Section):
     """A linear or MLP head over stored CLIP embeddings (aesthetic, NSFW, watermark ...), in safetensors."""
 
-    path: str = Field(description="safetensors file, or a folder with one")
+    path: str = Field(description="safetensors file, or a folder with one; local or a URL")
     activation: Literal["none", "sigmoid", "softmax"] | None = Field(
         None, description="applied to its output; null: as the file's metadata says, else none"
     )
