@@ -143,11 +143,9 @@ class Watch:
             raise ResizeError
 
     def _misfit(self, pools: Sequence[Pool]) -> bool:
-        """Whether workers of another size fit now, or fewer than are kept."""
-        return any(
-            new.need != old.need or (new.most is not None and new.most < old.least)
-            for new, old in zip(pools, self._pools, strict=True)
-        )
+        """Whether workers of another size fit now, or fewer than are kept: Ray Data holds what those would occupy back
+        from all other groups."""
+        return any(new.need != old.need or new.least < old.least for new, old in zip(pools, self._pools, strict=True))
 
 
 def _bound(executor: StreamingExecutor, pools: Sequence[Pool]) -> None:

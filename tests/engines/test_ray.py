@@ -176,6 +176,12 @@ def test_a_watch_gives_a_stream_up_for_another_size_that_lasts(monkeypatch: pyte
         look_until(40.0)
     assert 30.0 <= clock.now < 36.0
 
+    machines = nodes({"CPU": 3.0}, {"CPU": 2.0})  # tasks fit as they are, but not beside all actors that are kept
+    sizing = Sizing(job(TASK, replace(MODEL, min_workers=4)))
+    watch = Watch(sizing, sizing.pools(machines), Patience(60), lambda: machines[:1])
+    with pytest.raises(ResizeError):
+        look_until(60.0)
+
 
 def test_a_watch_waits_for_what_is_missing_and_no_longer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
