@@ -61,6 +61,12 @@ def _start(config: EngineConfig) -> tuple[str, bool]:
     if config.runtime_env:
         common["runtime_env"] = dict(config.runtime_env)
     wanted = os.environ.get("RAY_ADDRESS") if address in (None, "auto") else address
+    if wanted and "://" in wanted:
+        raise EngineError(
+            f"{wanted} is no address that a run can join: submit the run to the cluster (ray job submit --address "
+            "http://HEAD:8265 --working-dir . -- python -m pairmill run CONFIG.yaml), or start it on a machine of the "
+            "cluster with engine.address: HEAD:6379"
+        )
     try:
         if wanted and wanted != "local":
             ray.init(address=wanted, **common)
