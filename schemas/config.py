@@ -175,6 +175,16 @@ class HeadChoice(Section):
     output: int = Field(0, ge=0, description="which output is the score, of a head with several")
 
 
+def parse_batch(value: Any) -> Any:
+    """A number of rows, or the word auto; told as one error where it is neither."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("expected auto or a number greater than 0")
+
+
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(parse_batch)]
+
+
 class Models(Section):
     """Which models the stages use."""
 
@@ -192,7 +202,7 @@ class Models(Section):
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the model's arithmetic")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+    batch: BatchSize = Field(
         "auto",
         description="rows a forward pass; auto: on a GPU as its memory allows. On a CPU it is the most that a pass has",
     )

@@ -46,8 +46,10 @@ def complaint(data: dict[str, Any]) -> list[str]:
             {"keep": {"clip_score": "high"}},
             ["keep.clip_score: expected a condition such as '>= 0.28', '< 3' or 'top 30%' (given: 'high')"],
         ),
-        ({"engine": {"kind": "spark"}}, ["engine.kind: expected 'local' or 'ray' (given: 'spark')"]),
+        ({"engine": {"kind": "spark"}}, ["engine.kind: expected 'local', 'ray' or 'beam' (given: 'spark')"]),
         ({"models": {"clip": {}}}, ["models.clip: give either name (and pretrained) or path, or the word tiny"]),
+        ({"models": {"batch": -1}}, ["models.batch: expected auto or a number greater than 0 (given: -1)"]),
+        ({"models": {"batch": "many"}}, ["models.batch: expected auto or a number greater than 0 (given: 'many')"]),
         ({"shard_size": "many", "seed": "x"}, ["shard_size: ", "seed: "]),
     ],
 )
