@@ -459,6 +459,9 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=400, help="seconds after which a run counts as hanging")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"faults-{time.strftime('%Y-%m-%d')}.json")
     arguments = parser.parse_args()
+    os.environ["RAY_worker_niceness"] = (
+        "0"  # Ray's 15 would starve its workers on a machine that does other things, too
+    )
     bad = 0
     with tempfile.TemporaryDirectory() as temporary, roads(Path(temporary), arguments.rows) as found:
         soak = Soak(Path(temporary), found, arguments.timeout)
