@@ -34,6 +34,10 @@ TEMP_SPACE = 2 * 2**30
 """Bytes below which Ray's session files and spilled objects may fill the temporary folder."""
 
 
+BF16_PAYS = 1.3
+"""Products so many times as fast in bf16 are worth the digits: they are most of a model's time, not all."""
+
+
 class Level(str, Enum):
     """How serious a finding is."""
 
@@ -55,7 +59,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Run all checks."""
-    slow: tuple[Callable[[], Finding], ...] = (check_model, check_faiss, check_ray)
+    slow: tuple[Callable[[], Finding], ...] = (check_model, check_processor, check_faiss, check_ray)
     with concurrent.futures.ThreadPoolExecutor(len(slow)) as pool:
         started = [pool.submit(check) for check in slow]
         findings = [check_python(), *check_packages(), check_temp(), check_shared_memory(), check_descriptors()]
@@ -177,6 +181,13 @@ found["declared"] = bool(__import__("pairmill._torchvision")._torchvision._decla
 print("FOUND " + json.dumps(found))
 """
 
+_PROCESSOR = """
+import json
+import torch
+from pairmill.onednn import gain_of_bf16
+print("FOUND " + json.dumps({"kind": torch.backends.cpu.get_cpu_capability(), "gain": gain_of_bf16()}))
+"""
+
 _FAISS = """
 import json
 import faiss
@@ -209,6 +220,17 @@ def check_model() -> Finding:
         fix = "this machine has an NVIDIA driver: install a CUDA build of torch to use the GPU"
         return Finding(name, Level.WARN, message, fix)
     return Finding(name, Level.OK, message)
+
+
+def check_processor() -> Finding:
+    """Whether models on this CPU gain from bf16."""
+    found = _probe(_PROCESSOR)
+    if isinstance(found, str):
+        return Finding("processor", Level.FAIL, found, "pip install -r requirements.txt")
+    message = f"{found['kind']}; products in bf16 take {1 / found['gain']:.0%} of the time of fp32"
+    if found["gain"] >= BF16_PAYS:
+        return Finding("processor", Level.OK, f"{message}: models.precision bf16 pays where models run on the CPU")
+    return Finding("processor", Level.OK, f"{message}: keep models.precision at fp32 where models run on the CPU")
 
 
 def check_faiss() -> Finding:

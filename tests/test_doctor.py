@@ -65,3 +65,12 @@ def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch):
 def test_the_shipped_model_and_faiss_load_here():
     for finding in (doctor.check_model(), doctor.check_faiss()):
         assert finding.level is not Level.FAIL, finding.message
+
+
+def test_what_bf16_gains_here_is_measured_and_told(monkeypatch: pytest.MonkeyPatch):
+    finding = doctor.check_processor()
+    assert finding.level is Level.OK, finding.message
+    assert ("bf16 pays" in finding.message) != ("keep models.precision at fp32" in finding.message)
+    for gain, told in ((2.0, "take 50% of the time of fp32: models.precision bf16 pays"), (0.5, "take 200%")):
+        monkeypatch.setattr(doctor, "_probe", lambda *_, gain=gain: {"kind": "AVX2", "gain": gain})
+        assert told in doctor.check_processor().message
