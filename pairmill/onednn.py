@@ -45,7 +45,7 @@ def pack(model: nn.Module) -> None:
 
 
 def gain_of_bf16() -> float:
-    """How many times as fast as in fp32 this CPU multiplies in bf16, on one thread and in its own time; the best of five each."""
+    """How many times as fast as in fp32 this CPU multiplies in bf16: CPU time of one thread, the best of five each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     best = {}

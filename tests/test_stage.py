@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, UnidentifiedImageError
 
 from pairmill.errors import ContractError, StageFailed
-from pairmill.stage import Batch, ErrorBudget, apply
+from pairmill.stage import Batch, ErrorBudget, PixelCache, apply
+from tests.filters.rows import noise
 from tests.steps import CountWords
 
 
@@ -85,3 +90,38 @@ def test_a_row_that_never_fits_is_quarantined_as_memory():
 
     out = apply(CountWords(), tiny_device, batch(["a"]), budget())
     assert out["reason"].to_pylist() == ["error.memory"]
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int, pixels: PixelCache | None = None) -> Batch:
+    """A batch of 50 x 40 pictures, none of them like another."""
+    table = pa.table({"uid": [str(n) for n in range(count)], "image": [noise(n) for n in range(count)]})
+    return Batch(table, pixels or PixelCache())
+
+
+def test_images_are_decoded_when_they_are_asked_for():
+    table = pictures(4).table.set_column(1, "image", pa.array([noise(0), b"no image", noise(2), noise(3)]))
+    images = Batch(table).images()
+    assert len(images) == 4
+    assert images[2].size == images[-1].size == (50, 40)
+    assert [len(images[1:3]), len(images[::2])] == [2, 2]
+    assert images[1:3][1].tobytes() == images[2].tobytes() != images[3].tobytes()
+    assert images[::2][1] is images[2], "decoded once"
+    with pytest.raises(UnidentifiedImageError):
+        images[1]
+    with pytest.raises(IndexError):
+        images[4]
+
+
+def test_threads_share_what_is_decoded_and_the_cache_stays_within_its_bytes():
+    pixels = PixelCache(max_bytes=5 * 50 * 40 * 4)
+    images = pictures(40, pixels).images()
+    expected = [Image.open(io.BytesIO(noise(n))).tobytes() for n in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: images[n].tobytes(), [n for n in range(40) for _ in range(3)]))
+    assert found == [data for data in expected for _ in range(3)]
+    assert len(pixels._images) == 5
+    pixels.clear()
+    assert not pixels._images
