@@ -60,6 +60,7 @@ BEAM = ("--runner=FnApiRunner", "--direct_num_workers=2", "--direct_running_mode
 WORKERS = {"ray": "ray::", "local": "--multiprocessing-fork"}
 """How the command lines of worker processes begin, or what is in them."""
 IDLE = "ray::IDLE"
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 TRIES = 4
 """How often a run is started anew that had ended before its random moment came."""
 SHARDS = 16
@@ -154,6 +155,11 @@ class Command:
             self.process.wait(seconds)
         return self.process.poll() is None
 
+    def lasting(self) -> list[psutil.Process]:
+        """The processes that it has started, but for two agents of Ray: these end by themselves a minute after their
+        raylet, when they have given up to tell its end to a GCS that is gone, too."""
+        return [p for p in self.children() if _name(p) not in AGENTS]
+
     def children(self) -> list[psutil.Process]:
         """All processes that it has started, and those that they have."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -181,6 +187,12 @@ class Command:
 def count_files(dataset: Path) -> int:
     """Data files, committed or not."""
     return sum(1 for _ in dataset.glob("*/shard=*/*.parquet"))
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return (process.cmdline() or [""])[0]
+    return ""
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -237,7 +249,7 @@ def kill_drivers(road: Road, trial: Trial, folder: Path, timeout_s: float, chanc
         command = Command(config)
         if not command.works_on(chance.uniform(0, 1) * road.files[0], chance.uniform(0, 2)):
             break
-        left = command.children()
+        left = command.lasting()
         trial.kills.append(command.kill("driver"))
         command.process.kill()
         command.process.wait()
@@ -459,9 +471,8 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=400, help="seconds after which a run counts as hanging")
     parser.add_argument("--out", type=Path, default=HERE / "results" / f"faults-{time.strftime('%Y-%m-%d')}.json")
     arguments = parser.parse_args()
-    os.environ["RAY_worker_niceness"] = (
-        "0"  # Ray's 15 would starve its workers on a machine that does other things, too
-    )
+    # Ray's 15 would starve its workers on a machine that does other things, too.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (that is its name)
     bad = 0
     with tempfile.TemporaryDirectory() as temporary, roads(Path(temporary), arguments.rows) as found:
         soak = Soak(Path(temporary), found, arguments.timeout)
