@@ -207,7 +207,8 @@ def measure(images: int, mib: float) -> dict[str, Any]:
         }
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(data))
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "RAY_USAGE_STATS_ENABLED": "0"}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_niceness": "0"}
+        environment = {**os.environ, "PYTHONPATH": str(HERE.parent), **quiet}
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.object_store", "--drive", str(config)],
             stdout=subprocess.PIPE,
