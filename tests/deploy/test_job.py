@@ -109,7 +109,7 @@ class Head:
             capture_output=True,
             text=True,
             check=False,
-            timeout=250,
+            timeout=280,
         )
 
 
@@ -184,6 +184,7 @@ def test_who_has_no_token_is_refused(head: Head):
     assert head.ask("/api/jobs/", head.token) == 200
 
 
+@pytest.mark.timeout(600)  # seconds on a quiet machine
 def test_a_job_that_was_stopped_goes_on_where_it_was(head: Head, tmp_path: Path):
     texts = [f"{'slow' if i >= 8 else 'quick'} text {i}" for i in range(12)]
     dataset, work = tmp_path / "dataset", tmp_path / "work"

@@ -74,6 +74,7 @@ def scores(run: RunConfig) -> list[dict[str, Any]]:
     return query(Dataset(run.dataset).snapshot(), "SELECT uid, clip_score, objects FROM pairs ORDER BY uid").to_pylist()
 
 
+@pytest.mark.timeout(600)  # seconds on a quiet machine
 def test_models_of_the_driver_come_to_a_node_once(
     far: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
