@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from pairmill.blip import CPU_CAPTIONS, Checkpoint, cross_attention_cache, load_
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import Passes, fixed_rows
+from pairmill.passes import BatchSize, Passes, rows_a_pass
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+IMAGES = 32
+"""Images whose features are in memory at a time, at least."""
+
+
 @dataclass(frozen=True)
 class Captions(Stage):
     """Captions of each image, by the checkpoint's family: BLIP, BLIP-2 or InstructBLIP.
@@ -35,7 +40,7 @@ class Captions(Stage):
     The image is encoded once for all its captions (BLIP-2: the Q-Former, too, and T5's encoder). Nucleus sampling
     (Holtzman et al. 2020, as CapFilt uses it: BLIP, section 4.3) draws each token by a hash of seed, uid, sample and
     step (`captioners.sampling`), so a caption depends on its image, its uid and the parameters only: every forward
-    pass has a fixed number of rows and, on a CPU, one thread (see `pairmill.models.LoadedClip`). No top-k is applied,
+    pass has a fixed number of rows and, on a CPU, one thread (`pairmill.passes`). No top-k is applied,
     whatever the checkpoint's generation config says.
 
     A row without image is dropped. A caption without any text is null with reason `Reason.CAPTION_EMPTY`; captions
@@ -48,7 +53,7 @@ class Captions(Stage):
 
     model: ModelRef
     count: int = 1
-    """Captions an image. Sample k is the same for every count."""
+    """Captions an image. Sample k is the same for every count, but for the last bits of what it is drawn from."""
     method: Literal["nucleus", "beam", "greedy"] = "nucleus"
     top_p: float = 0.9
     temperature: float = 1.0
@@ -63,8 +68,8 @@ class Captions(Stage):
     seed: int = 0
     precision: str = "fp32"
     device: str = field(default="auto", metadata={"identity": False})
-    batch: int = field(default=32, metadata={"identity": False})
-    """Rows a forward pass; on a CPU an upper bound (`Checkpoint.image_rows`, `Checkpoint.text_rows`)."""
+    batch: BatchSize = field(default="auto", metadata={"identity": False})
+    """Rows a forward pass (`pairmill.passes.rows_a_pass`)."""
 
     resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
 
@@ -94,7 +99,7 @@ class Captions(Stage):
             seed=config.seed,
             precision=models.precision,
             device=models.device,
-            batch=fixed_rows(models.batch),
+            batch=models.batch,
             resources=model_resources(models),
         )
 
@@ -149,19 +154,35 @@ class Writer(ABC):
     def __init__(self, blip: Checkpoint, stage: Captions) -> None:
         self.blip = blip
         self._stage = stage
-        self._image_rows = blip.image_rows(stage.batch)
         self._sequences = stage.beams if stage.method == "beam" else 1
-        self._rows = max(1, blip.text_rows(stage.batch, CPU_CAPTIONS) // self._sequences)
-        self._images = max(stage.batch, self._rows)
-        """Images whose features are in memory at a time."""
         self._image_passes, self._text_passes = Passes(blip.device), Passes(blip.device)
+
+    @cached_property
+    def image_rows(self) -> int:
+        """Images of a forward pass."""
+        return self._fitting(self._stage.batch, self.blip.cpu_images, lambda rows: self.encode(self.blip.blank(rows)))
+
+    @cached_property
+    def tasks(self) -> int:
+        """Tasks that are written side by side."""
+        batch, width = self._stage.batch, self.samples * self._sequences
+
+        def run(tasks: int) -> object:
+            return self.write(list(self.encode(self.blip.blank(1))), [""], [(0, 0)] * tasks)
+
+        limit = batch if batch == "auto" else max(1, batch // width)
+        return self._fitting(limit, max(1, CPU_CAPTIONS // width), run)
+
+    def _fitting(self, batch: BatchSize, on_cpu: int, run: Callable[[int], object]) -> int:
+        return rows_a_pass(batch, self.blip.device, on_cpu, run, self._stage.resources.gpus or 1.0)
 
     def captions(self, images: Sequence[Image.Image], uids: Sequence[str]) -> list[list[str]]:
         """``count`` captions of each image, in the order in which they were drawn (beam: best first). Each image is
         taken from the sequence in the thread that needs it."""
         found: list[list[str]] = []
-        for start in range(0, len(images), self._images):
-            some = range(start, min(start + self._images, len(images)))
+        at_once = max(IMAGES, self.image_rows, self.tasks)
+        for start in range(0, len(images), at_once):
+            some = range(start, min(start + at_once, len(images)))
             found += self._some(images, some, uids[start : some.stop])
         return found
 
@@ -176,11 +197,11 @@ class Writer(ABC):
             tokens = self.write(states, uids, tasks).tolist()
             return chunks([self.text(row) for row in tokens], len(tokens) // len(tasks))
 
-        parts = self._image_passes.run(wanted, self._image_rows, encode, prepare, keep=True)
+        parts = self._image_passes.run(wanted, self.image_rows, encode, prepare, keep=True)
         states = [state for part in parts for state in part]
         samples = range(0, self._stage.count if self._stage.method == "nucleus" else 1, self.samples)
         tasks = [(image, sample) for image in range(len(wanted)) for sample in samples]
-        written = self._text_passes.run(tasks, max(1, self._rows // self.samples), write)
+        written = self._text_passes.run(tasks, self.tasks, write)
         texts = iter([some for part in written for some in part])
         return [[text for _ in samples for text in next(texts)][: self._stage.count] for _ in wanted]
 
@@ -270,8 +291,11 @@ class BlipWriter(Writer):
 
     @property
     def samples(self) -> int:
-        """All samples of an image, if a pass has so many rows."""
-        return min(self._stage.count, self._rows) if self._stage.method == "nucleus" else 1
+        """All samples of an image, if they are not too many for a pass."""
+        if self._stage.method != "nucleus":
+            return 1
+        batch = self._stage.batch
+        return min(self._stage.count, CPU_CAPTIONS if batch == "auto" else min(batch, CPU_CAPTIONS))
 
     def write(
         self, states: Sequence[torch.Tensor], uids: Sequence[str], tasks: Sequence[tuple[int, int]]

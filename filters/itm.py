@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -12,11 +13,11 @@ import pyarrow as pa
 from captioners.text import prepare_text
 from filters.clip_score import scatter
 from filters.image_rules import missing_image, with_image
-from pairmill.blip import Checkpoint, load_matcher
+from pairmill.blip import CPU_TEXTS, Checkpoint, load_matcher
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import Passes, fixed_rows
+from pairmill.passes import BatchSize, Passes, rows_a_pass
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_itm_dir
 from schemas import fields
@@ -31,6 +32,9 @@ MAX_TOKENS = 35
 
 LENGTHS = (12, 16, 24)
 """Tokens of a text pass, where its texts need no more; else `max_tokens`."""
+
+IMAGES = 32
+"""Images whose features are in memory at a time, at least."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class ItmScore(Stage):
     """Longer texts are cut off."""
     precision: str = "fp32"
     device: str = field(default="auto", metadata={"identity": False})
-    batch: int = field(default=32, metadata={"identity": False})
-    """Rows a forward pass; on a CPU an upper bound (`Checkpoint.image_rows`, `Checkpoint.text_rows`)."""
+    batch: BatchSize = field(default="auto", metadata={"identity": False})
+    """Rows a forward pass (`pairmill.passes.rows_a_pass`)."""
 
     resources: Resources = field(default=Resources(rows=256, actor=True), metadata={"identity": False})
 
@@ -86,7 +90,7 @@ class ItmScore(Stage):
             models.itm.enc_token,
             precision=models.precision,
             device=models.device,
-            batch=fixed_rows(models.batch),
+            batch=models.batch,
             resources=model_resources(models),
         )
 
@@ -129,18 +133,36 @@ class Matcher(ABC):
     def __init__(self, blip: Checkpoint, stage: ItmScore) -> None:
         self.blip = blip
         self._stage = stage
-        self._image_rows = blip.image_rows(stage.batch)
-        self._rows = blip.text_rows(stage.batch)
         self._image_passes, self._text_passes = Passes(blip.device), Passes(blip.device)
         longest = min(stage.max_tokens, self._positions)
         self._lengths = [*(length for length in LENGTHS if length < longest), longest]
+
+    @cached_property
+    def image_rows(self) -> int:
+        """Images of a forward pass."""
+        return self._fitting(self.blip.cpu_images, lambda rows: self.encode(self.blip.blank(rows)))
+
+    @cached_property
+    def text_rows(self) -> int:
+        """Texts of a forward pass."""
+        import torch
+
+        def run(rows: int) -> object:
+            ids = torch.full((rows, self._lengths[-1]), self.blip.tokenizer.pad_token_id, device=self.blip.device)
+            return self.match(list(self.encode(self.blip.blank(1))) * rows, ids, torch.ones_like(ids, dtype=torch.bool))
+
+        return self._fitting(CPU_TEXTS, run)
+
+    def _fitting(self, on_cpu: int, run: Callable[[int], object]) -> int:
+        return rows_a_pass(self._stage.batch, self.blip.device, on_cpu, run, self._stage.resources.gpus or 1.0)
 
     def scores(self, images: Sequence[Image.Image], texts: Sequence[Sequence[str | None]]) -> list[list[float | None]]:
         """The probability of each of an image's texts; None for a null text. Each image is taken from the sequence in
         the thread that needs it."""
         found: list[list[float | None]] = []
-        for start in range(0, len(images), self._stage.batch):  # so many images' features are in memory at a time
-            some = range(start, min(start + self._stage.batch, len(images)))
+        at_once = max(IMAGES, self.image_rows)
+        for start in range(0, len(images), at_once):
+            some = range(start, min(start + at_once, len(images)))
             found += self._some(images, [(image, texts[image]) for image in some])
         return found
 
@@ -155,7 +177,7 @@ class Matcher(ABC):
 
         flat = [(image, text) for image, row in rows for text in row if text is not None]
         wanted = list(dict.fromkeys(image for image, _ in flat))
-        parts = self._image_passes.run(wanted, self._image_rows, encode, prepare, keep=True)
+        parts = self._image_passes.run(wanted, self.image_rows, encode, prepare, keep=True)
         states = dict(zip(wanted, (state for part in parts for state in part), strict=True))
         scores = iter(self._matched(states, flat))
         return [[None if text is None else next(scores) for text in row] for _, row in rows]
@@ -179,7 +201,7 @@ class Matcher(ABC):
         lengths = [next(length for length in self._lengths if len(row) <= length) for row in ids]
         for length in sorted(set(lengths)):
             places = [place for place, found in enumerate(lengths) if found == length]
-            parts = self._text_passes.run(places, self._rows, match)
+            parts = self._text_passes.run(places, self.text_rows, match)
             for place, score in zip(places, torch.cat(parts).tolist(), strict=True):
                 scores[place] = score
         return scores

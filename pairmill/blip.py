@@ -94,16 +94,18 @@ class Checkpoint:
     text: TextTower | None
     """BLIP's text model; None of the others."""
 
-    def image_rows(self, batch: int) -> int:
-        """Images of each forward pass of the vision model: `batch`; on a CPU as many as have `CPU_TOKENS`."""
-        if self.device != "cpu":
-            return batch
+    @property
+    def cpu_images(self) -> int:
+        """Images of each forward pass of the vision model on a CPU: as many as have `CPU_TOKENS`."""
         vision = self.model.config.vision_config
-        return max(1, min(batch, CPU_TOKENS // (vision.image_size // vision.patch_size) ** 2))
+        return max(1, CPU_TOKENS // (vision.image_size // vision.patch_size) ** 2)
 
-    def text_rows(self, batch: int, on_cpu: int = CPU_TEXTS) -> int:
-        """Texts of each forward pass: `batch`; on a CPU `on_cpu` at most."""
-        return min(batch, on_cpu) if self.device == "cpu" else batch
+    def blank(self, rows: int) -> torch.Tensor:
+        """The model's input for so many grey images."""
+        import torch
+
+        side = self.model.config.vision_config.image_size
+        return torch.zeros((rows, 3, side, side), device=self.device, dtype=self.dtype)
 
     def prepared(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Images as the model's input where it wants them, in its dtype: (images, 3, height, width)."""

@@ -93,4 +93,9 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
         if kind in DETECTORS:
             rows = model.config.text_config.vocab_size
             tokenizer = load_tokenizer(folder, rows)
-    return BoxCheckpoint(kind, model.to(place).eval(), tokenizer, processor, place, dtype)
+    model = model.to(place).eval()
+    if place == "cpu":
+        from pairmill import onednn
+
+        onednn.pack(model)
+    return BoxCheckpoint(kind, model, tokenizer, processor, place, dtype)

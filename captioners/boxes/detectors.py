@@ -1,7 +1,7 @@
 """Open-vocabulary detection: boxes of what a list of labels names, by OWLv2 and by Grounding DINO.
 
 What an image gets does not depend, to the last bit, on which other images or labels are measured with it: images are
-encoded in passes of one fixed size or alone, and each image meets its own labels only (see `pairmill.models.LoadedClip`
+encoded in passes of one fixed size or alone, and each image meets its own labels only (see `pairmill.passes`
 for why the size of a pass matters).
 """
 

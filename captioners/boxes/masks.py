@@ -41,7 +41,7 @@ class Masks(Stage):
     compressed run-length encoding (`captioners.boxes.rle`); one may be empty or leave its box.
 
     A column is null where there is no image. Results do not depend on the number of rows of a kernel call (see
-    `pairmill.models.LoadedClip`).
+    `pairmill.passes`).
     """
 
     name = "masks"
