@@ -186,7 +186,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         }
         yield Case(f"{name}, image and text to cosine", "pairs", count, ways, apart, details=_told(table))
         flops = image_flops(folder)
-        images = max(8, count * 2 // 3)
+        images = max(1, count * 2 // 3 // PLAIN_BATCH[device]) * PLAIN_BATCH[device]
         towers = {precision: encoding(folder, device, precision, images) for precision in ("fp32", "bf16")}
         ways = {
             f"{who} {p}": way

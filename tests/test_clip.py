@@ -229,7 +229,7 @@ def test_layers_whose_weights_a_module_takes_are_left() -> None:
 
 @pytest.mark.parametrize("folder", [None, tiny_clip_dir()], ids=["random weights", "shipped model"])
 def test_bf16_is_as_near_to_fp32_as_the_docs_say(folder: Any) -> None:
-    """docs/config.md: cosines in bf16 differ from those in fp32 by 0.01 at most."""
+    """docs/config.md tells of 0.0062 at most."""
     if folder is None:
         precise = model_of({**SMALL_TEXT, "width": 256, "heads": 4, "layers": 6})
         rough = copy.deepcopy(precise)
