@@ -160,7 +160,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def until(holds: Callable[[], bool], seconds: float = 200) -> None:
+def until(holds: Callable[[], bool], seconds: float = 280) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
@@ -184,7 +184,8 @@ def test_who_has_no_token_is_refused(head: Head):
     assert head.ask("/api/jobs/", head.token) == 200
 
 
-@pytest.mark.timeout(600)  # seconds on a quiet machine
+@pytest.mark.skipif(os.environ.get("PAIRMILL_SOAK") != "1", reason="starts two jobs; PAIRMILL_SOAK=1 runs it")
+@pytest.mark.timeout(900)
 def test_a_job_that_was_stopped_goes_on_where_it_was(head: Head, tmp_path: Path):
     texts = [f"{'slow' if i >= 8 else 'quick'} text {i}" for i in range(12)]
     dataset, work = tmp_path / "dataset", tmp_path / "work"
