@@ -135,12 +135,12 @@ class BeamEngine:
         wanted = {unit_result(unit): unit for unit in units}
         with self._outbox() as outbox:
             try:
-                results = self._results(
-                    outbox,
-                    wanted.keys(),
-                    lambda left: units_pipeline(self._runner, job, [wanted[name] for name in left], outbox),
-                )
-                for data in results:
+
+                def pipeline(left: Collection[str]) -> Pipeline:
+                    todo = [unit for name, unit in wanted.items() if name in left]
+                    return units_pipeline(self._runner, job, todo, outbox)
+
+                for data in self._results(outbox, wanted, pipeline):
                     yield Unit.loads(data.decode())
             finally:
                 dismiss(job.dataset)
@@ -153,12 +153,12 @@ class BeamEngine:
         with self._outbox() as outbox:
             places = write_rows(outbox, rows)
             cells = {cell_result(cell): cell for cell in places}
-            results = self._results(
-                outbox,
-                cells,
-                lambda left: cells_pipeline(self._runner, work, {cells[n]: places[cells[n]] for n in left}, outbox),
-            )
-            yield from map(read_answer, results)
+
+            def pipeline(left: Collection[str]) -> Pipeline:
+                todo = {cell: places[cell] for name, cell in cells.items() if name in left}
+                return cells_pipeline(self._runner, work, todo, outbox)
+
+            yield from map(read_answer, self._results(outbox, cells, pipeline))
 
     @contextlib.contextmanager
     def _outbox(self) -> Iterator[Outbox]:
@@ -186,7 +186,7 @@ class BeamEngine:
                         left.remove(name)
                         deaths = 0
                         yield data
-            except WorkerLost as error:
+            except _WorkerLost as error:
                 deaths += 1
                 if deaths > WORKER_RETRIES:
                     raise EngineError(
@@ -219,11 +219,11 @@ class BeamEngine:
                 run.close()
             self.result = run.result
             if run.error is not None and lost.is_set():
-                raise WorkerLost from run.error
+                raise _WorkerLost from run.error
             run.check(self.name)
 
 
-class WorkerLost(Exception):
+class _WorkerLost(Exception):
     """A worker process of this machine died; what it worked on is marked (`pairmill.isolate`)."""
 
 
@@ -235,8 +235,8 @@ class _Run:
         self.error: BaseException | None = None
         self._pipeline = pipeline
         self._state = ""
-        self._thread = threading.Thread(target=self._run, name="pairmill-beam", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()  # Python 3.11 takes a thread for dead whose join was interrupted by Ctrl-C
+        threading.Thread(target=self._run, name="pairmill-beam", daemon=True).start()
 
     def _run(self) -> None:
         try:
@@ -244,15 +244,17 @@ class _Run:
             self._state = str(self.result.wait_until_finish())
         except BaseException as error:  # noqa: BLE001 (told by `check`)
             self.error = error
+        finally:
+            self._ended.set()
 
     @property
     def over(self) -> bool:
         """Whether it has ended, well or not."""
-        return not self._thread.is_alive()
+        return self._ended.is_set()
 
     def wait(self, seconds: float) -> None:
         """Wait for its end, for a while."""
-        self._thread.join(seconds)
+        self._ended.wait(seconds)
 
     def stop(self) -> None:
         """Cancel it, where the runner can; its workers see by the outbox that they are to stop."""

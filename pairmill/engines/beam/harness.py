@@ -63,7 +63,7 @@ def _watched_workers(lost: threading.Event) -> Iterator[None]:
             if not log.isEnabledFor(logging.DEBUG):  # they would tell of every channel; errors come by another way
                 command += b" 2>/dev/null"
             self.worker = SubprocessSdkWorker(command, self.control_address, self.provision_info, self.worker_id)
-            self.worker_thread = threading.Thread(name="run_worker", target=self._serve)
+            self.worker_thread = threading.Thread(name="run_worker", target=self._serve, daemon=True)
             self.worker_thread.start()
 
         def _serve(self) -> None:

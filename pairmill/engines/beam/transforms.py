@@ -245,7 +245,7 @@ def _read_table(data: bytes) -> pa.Table:
 def units_pipeline(runner: Runner, job: Job, units: Sequence[Unit], outbox: Outbox) -> beam.Pipeline:
     """All groups of a job's segment over some units. What moves from group to group is the JSON of a unit."""
     wanted = sorted({stage for unit in units for stage in unit.wanted})
-    places = outbox.put_parts("units", (unit.dumps().encode() for unit in units))
+    places = outbox.put_parts(f"units-{len(units)}", (unit.dumps().encode() for unit in units))
     pipeline = beam.Pipeline(options=runner.options)
     stream = pipeline | "units" >> beam.Create(places) | "read" >> beam.ParDo(ReadUnit(outbox)).with_output_types(str)
     for index, group in enumerate(job.groups):
@@ -261,7 +261,7 @@ def cells_pipeline(runner: Runner, work: CellWork, rows: Mapping[int, list[Place
     index = [(cell, place) for cell, places in rows.items() for place in places]
     size = min(INDEX_ROWS, -(-len(index) // (4 * runner.slots)))  # Dask makes as many groups of cells as it has parts
     parts = (json.dumps(index[start : start + size]).encode() for start in range(0, len(index), size))
-    places = outbox.put_parts("index", parts)
+    places = outbox.put_parts(f"index-{len(rows)}", parts)
     pipeline = beam.Pipeline(options=runner.options)
     work_on = beam.ParDo(WorkOnCell(work, outbox, runner.processes))
     resources = getattr(work, "resources", Resources())
