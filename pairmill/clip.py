@@ -29,7 +29,7 @@ CPU_VALUES = 256 * 768
 232 of 1,600 tokens), and small passes share the work out better and are padded less."""
 
 CPU_ROWS = 32
-"""Rows of a pass on a CPU, at most; the share of a convolution tower, whose work has no tokens, is a quarter."""
+"""Rows of a pass on a CPU, at most; a quarter of it where a tower has no tokens to count (convolutions)."""
 
 
 @dataclass(frozen=True)
