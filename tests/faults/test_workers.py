@@ -1,16 +1,25 @@
-"""Workers and machines that die: the run ends, and its result is that of a calm one. Wrong clocks change nothing."""
+"""Workers and machines that die: the run ends, and its result is that of a calm one. A driver that dies takes its
+workers along. Wrong clocks change nothing.
+
+PAIRMILL_SOAK=10 does each kill ten times, at other moments; benchmarks/faults.py does it to the command, with models.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
-import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 from pairmill import run as running
 from pairmill.query import query
@@ -20,6 +29,7 @@ from pairmill.store import Dataset
 from schemas.config import RunConfig
 from tests.steps import config, texts, write_urls
 
+HERE = Path(__file__).resolve().parent.parent.parent
 OUTCOME = "SELECT uid, status, reason, duplicate_of, words, chars, contrast FROM pairs ORDER BY uid"
 
 
@@ -27,23 +37,25 @@ def outcome(run: RunConfig) -> list[dict[str, object]]:
     return query(Dataset(run.dataset).snapshot(), OUTCOME).to_pylist()
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """Processes that this one started, and those that they started."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            yield int(child)
-            try:
-                yield from descendants(int(child))
-            except OSError:
-                continue
+SEEDS = range(int(os.environ.get("PAIRMILL_SOAK", "1")))
 
 
-def is_worker(pid: int, names: tuple[str, ...]) -> bool:
+def workers_below(pid: int, names: tuple[str, ...]) -> list[psutil.Process]:
+    """Processes that this one, or one that it started, has started as workers."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(word.startswith(names) for line in process.cmdline() for word in line.split(" ")):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one whose exit code nobody has read yet does not."""
     try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return any(word.startswith(name) for word in line.split(" ") for name in names)
 
 
 class Murderer(threading.Thread):
@@ -57,14 +69,10 @@ class Murderer(threading.Thread):
 
     def run(self) -> None:
         while len(self.killed) < self._kills and not self.over.wait(self._chance.uniform(0.05, 0.6)):
-            found = [pid for pid in descendants(os.getpid()) if is_worker(pid, self._names)]
-            if found:
-                victim = self._chance.choice(sorted(found))
-                try:
-                    os.kill(victim, signal.SIGKILL)
-                except OSError:
-                    continue
-                self.killed.append(victim)
+            if found := workers_below(os.getpid(), self._names):
+                victim = self._chance.choice(found)
+                victim.kill()
+                self.killed.append(victim.pid)
 
 
 ENGINES: list[tuple[dict[str, object], tuple[str, ...]]] = [
@@ -73,15 +81,19 @@ ENGINES: list[tuple[dict[str, object], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("engine", "names"), ENGINES, ids=["local", "ray"])
+both_engines = pytest.mark.parametrize(("engine", "names"), ENGINES, ids=["local", "ray"])
+
+
+@both_engines
+@pytest.mark.parametrize("seed", SEEDS)
 def test_workers_that_are_killed_cost_time_and_nothing_else(
-    tmp_path: Path, engine: Mapping[str, object], names: tuple[str, ...]
+    tmp_path: Path, engine: Mapping[str, object], names: tuple[str, ...], seed: int
 ):
     table = write_urls(tmp_path / "urls.parquet", texts(300))
     calm = config(tmp_path / "calm", table, shard_size=15)
     refresh(calm, Silent())
     run = config(tmp_path / "struck", table, shard_size=15, engine=engine, options={"pause_s": 0.15})
-    murderer = Murderer(names, kills=3, seed=0)
+    murderer = Murderer(names, kills=3, seed=seed)
     try:
         refresh(run, Begins(murderer))
     finally:
@@ -89,6 +101,31 @@ def test_workers_that_are_killed_cost_time_and_nothing_else(
         murderer.join()
     assert murderer.killed, "at least one worker was killed"
     assert outcome(run) == outcome(calm)
+
+
+@both_engines
+def test_a_driver_that_is_killed_leaves_no_processes(
+    tmp_path: Path, engine: Mapping[str, object], names: tuple[str, ...]
+):
+    table = write_urls(tmp_path / "urls.parquet", texts(300))
+    run = config(tmp_path, table, shard_size=15, engine=engine, options={"pause_s": 0.5})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json", by_alias=True)))
+    with (tmp_path / "said.txt").open("wb") as said:
+        command = [sys.executable, "-m", "pairmill", "run", str(path)]
+        driver = subprocess.Popen(command, stdout=said, stderr=said, cwd=HERE)
+    while not list((tmp_path / "dataset").glob("words-*/shard=*/*.parquet")):
+        assert driver.poll() is None, (tmp_path / "said.txt").read_text()
+        time.sleep(0.05)
+    assert workers_below(driver.pid, names)
+    agents = {*workers_below(driver.pid, ("ray::DashboardAgent", "ray::RuntimeEnvAgent"))}
+    started = {*psutil.Process(driver.pid).children(recursive=True)} - agents  # Ray's, which end a minute later
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 30
+    while (left := [process for process in started if is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 @pytest.mark.parametrize("engine", [{"kind": "local"}, {"kind": "local", "workers": 2}], ids=["here", "processes"])
@@ -116,51 +153,64 @@ class Begins(Silent):
             self._murderer.start()
 
 
-class Loser(Silent):
-    """Takes a machine out of the cluster when some shards are done."""
+class Counts(Silent):
+    """Says when so many shards are done."""
 
-    def __init__(self, lose: threading.Event) -> None:
-        self._lose = lose
-        self._shards = 0
+    def __init__(self, shards: int) -> None:
+        self._shards = shards
+        self.reached = threading.Event()
 
     def advance(self, rows: int, dropped: Mapping[str, int]) -> None:
-        self._shards += 1
-        if self._shards == 3:
-            self._lose.set()
+        self._shards -= 1
+        if self._shards == 0:
+            self.reached.set()
 
 
-def test_a_ray_cluster_that_loses_a_machine_completes(tmp_path: Path):
+def lose(cluster: Any, node: Any) -> None:
+    """Kill a machine's processes all at once, as when its power goes: nothing is told to anyone, nothing cleaned up."""
+    processes = [info.process for infos in node.all_processes.values() for info in infos]
+    doomed = [psutil.Process(process.pid) for process in processes]
+    for process in [*doomed, *(child for parent in doomed for child in parent.children(recursive=True))]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in processes:
+        process.wait()
+    cluster.worker_nodes.discard(node)
+
+
+def test_a_ray_cluster_of_three_machines_that_loses_one_completes(tmp_path: Path):
     from ray.cluster_utils import Cluster
 
     table = write_urls(tmp_path / "urls.parquet", texts(300))
     calm = config(tmp_path / "calm", table, shard_size=25)
     refresh(calm, Silent())
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "node_ip_address": "127.0.0.2", "include_dashboard": False},
-    )
-    lose = threading.Event()
-    lost: list[float] = []
+    head = {"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        node = cluster.add_node(num_cpus=2, node_ip_address="127.0.0.3")
+        nodes = [cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{n}", wait=False) for n in (3, 4)]
+        cluster.wait_for_nodes()
+        for seed in SEEDS:
+            chance = random.Random(seed)
+            counts = Counts(chance.randrange(1, 10))
+            lost: list[float] = []
 
-        def strike() -> None:
-            lose.wait(120)
-            cluster.remove_node(node, allow_graceful=False)
-            lost.append(time.monotonic())
+            def strike(counts: Counts = counts, chance: random.Random = chance, lost: list[float] = lost) -> None:
+                assert counts.reached.wait(300)
+                lose(cluster, nodes.pop(chance.randrange(2)))
+                lost.append(time.monotonic())
 
-        thread = threading.Thread(target=strike, daemon=True)
-        thread.start()
-        engine = {"kind": "ray", "address": cluster.address}
-        run = config(tmp_path / "struck", table, shard_size=25, engine=engine, options={"pause_s": 0.1})
-        refresh(run, Loser(lose))
-        ended = time.monotonic()
-        lose.set()
-        thread.join()
-        assert lost[0] < ended, "the machine was lost while the run was under way"
+            thread = threading.Thread(target=strike, daemon=True)
+            thread.start()
+            engine = {"kind": "ray", "address": cluster.address}
+            run = config(tmp_path / f"{seed}", table, shard_size=25, engine=engine, options={"pause_s": 0.2})
+            refresh(run, counts)
+            ended = time.monotonic()
+            thread.join()
+            assert lost[0] < ended, "the machine was lost while the run was under way"
+            assert outcome(run) == outcome(calm), seed
+            nodes.append(cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{5 + seed}"))
     finally:
         cluster.shutdown()
-    assert outcome(run) == outcome(calm)
 
 
 def test_snapshots_follow_their_numbers_when_the_clock_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
