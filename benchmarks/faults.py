@@ -135,6 +135,7 @@ class Command:
                 stdout=said,
                 stderr=said,
                 cwd=HERE.parent,
+                env={**os.environ, "RAY_health_check_failure_threshold": "30"},  # its own Ray is busy here, not lost
                 start_new_session=True,
             )
         self.begin = time.monotonic()
