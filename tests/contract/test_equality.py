@@ -193,7 +193,7 @@ def test_every_stage_gives_equal_tables_everywhere(material: cases.Material, tmp
     check_equal(found)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_visits_give_equal_tables_everywhere(material: cases.Material, tmp_path: Path) -> None:
     """Images that changed on the web meanwhile, their history, and what depends on them."""
     variants = [(LOCAL, 256), (RAY, 256), (BEAM, 256), *([(TWO, 256)] if SOAK else [])]
@@ -210,7 +210,7 @@ def test_visits_give_equal_tables_everywhere(material: cases.Material, tmp_path:
     check_equal(found)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_main_road_gives_equal_tables_everywhere(
     material: cases.Material, batches: BatchServer, tmp_path: Path
 ) -> None:
