@@ -212,12 +212,13 @@ def strike(processes: list[psutil.Process]) -> None:
 
 
 def workers(command: Command, engine: str) -> list[psutil.Process]:
-    """Worker processes of the run that have work."""
+    """Worker processes of the run that have work. Ray's agents are none: a raylet ends with them, so that to kill one is
+    to lose the machine, and here it is the driver's."""
     found = []
     for process in command.children():
         with contextlib.suppress(psutil.NoSuchProcess):
             line = " ".join(process.cmdline())
-            if WORKERS[engine] in line and not line.startswith(IDLE):
+            if WORKERS[engine] in line and not line.startswith((IDLE, *AGENTS)):
                 found.append(process)
     return found
 
