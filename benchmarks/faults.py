@@ -212,8 +212,8 @@ def strike(processes: list[psutil.Process]) -> None:
 
 
 def workers(command: Command, engine: str) -> list[psutil.Process]:
-    """Worker processes of the run that have work. Ray's agents are none: a raylet ends with them, so that to kill one is
-    to lose the machine, and here it is the driver's."""
+    """Worker processes of the run that have work. Ray's agents are none: a raylet ends with them, so that killing one
+    is losing the machine, and here it is the driver's."""
     found = []
     for process in command.children():
         with contextlib.suppress(psutil.NoSuchProcess):
