@@ -26,6 +26,8 @@ class Placed(Stage):
 
     log: str = field(default="", **FREE)
     pause_s: float = field(default=0.0, **FREE)
+    nodes: int = field(default=1000, **FREE)
+    """From so many nodes that it has run on, a call takes no time any more."""
     resources: Resources = field(default=Resources(rows=64), **FREE)
 
     def measuring(self, measure: Callable[[Batch], pa.Array]) -> Kernel:
@@ -34,7 +36,8 @@ class Placed(Stage):
         def kernel(batch: Batch) -> pa.Table:
             with open(self.log, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"stage": self.name, **_here()}) + "\n")
-            time.sleep(self.pause_s)
+            if len({line.get("node") for line in lines(Path(self.log), self.name)}) < self.nodes:
+                time.sleep(self.pause_s)
             return pa.table({self.writes[0].name: measure(batch)})
 
         return kernel
@@ -59,8 +62,7 @@ def _here() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Words(Placed):
-    """Writes `words`, as a task; a text with the word `typo` runs into a defect of the code, one with `slow` takes 11
-    times as long."""
+    """Writes `words`, as a task; a text with the word `typo` runs into a defect of the code."""
 
     name = "words"
     reads = ("text",)
@@ -71,8 +73,6 @@ class Words(Placed):
             texts = batch.pylist("text")
             if any("typo" in t for t in texts):
                 raise NameError("name 'wrods' is not defined")
-            if any("slow" in t for t in texts):
-                time.sleep(10 * self.pause_s)
             return pa.array([len(t.split()) for t in texts], pa.int32())
 
         return self.measuring(count)
@@ -107,10 +107,11 @@ class Chars(Placed):
 def recipe(config: RunConfig) -> Recipe:
     """words, contrast, chars."""
     log, pauses = config.options["log"], config.options.get("pauses", {})
-    return Recipe("placed", tuple(kind(log, pauses.get(kind.name, 0.0)) for kind in (Words, Contrast, Chars)))
+    nodes = config.options.get("nodes", 1000)
+    return Recipe("placed", tuple(kind(log, pauses.get(kind.name, 0.0), nodes) for kind in (Words, Contrast, Chars)))
 
 
 def lines(log: Path, stage: str) -> list[dict[str, Any]]:
     """What a stage wrote down."""
-    said = [json.loads(line) for line in log.read_text().splitlines()]
+    said = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return [line for line in said if line["stage"] == stage]

@@ -23,10 +23,12 @@ GPU_NODE: dict[str, Any] = {"num_cpus": 2, "num_gpus": 1, "labels": {"pool": "gp
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A CPU node, the head; nodes with logical GPUs come later."""
+def head() -> Iterator[Any]:
+    """A cluster of one CPU node."""
     from ray.cluster_utils import Cluster
 
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves workers on a machine that does other things, too
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -39,20 +41,29 @@ def cluster() -> Iterator[Any]:
     )
     yield cluster
     cluster.shutdown()
+    patch.undo()
+
+
+@pytest.fixture
+def cluster(head: Any) -> Iterator[Any]:
+    """The head, to which a test adds machines; they go with it."""
+    yield head
+    for node in list(head.worker_nodes):
+        head.remove_node(node)
 
 
 class After(Silent):
-    """Does something when so many shards are done, and watches how many GPUs are free."""
+    """Does something when so many shards are done, and watches how many GPUs are booked."""
 
     def __init__(self, shards: int, act: Callable[[], None]) -> None:
         self._shards, self._act = shards, act
-        self.free: list[float] = []
+        self.booked: list[float] = []
 
     def advance(self, rows: int, dropped: Mapping[str, int]) -> None:
         import ray
 
-        self.free.append(ray.available_resources().get("GPU", 0.0))
-        if len(self.free) == self._shards:
+        self.booked.append(ray.cluster_resources().get("GPU", 0.0) - ray.available_resources().get("GPU", 0.0))
+        if len(self.booked) == self._shards:
             self._act()
 
 
@@ -80,12 +91,13 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
         "contrast": {"labels": {"pool": "cpu"}, "resources": {"fetcher": 1}},
         "chars": {"cpus": 0.5, "gpus": 0.5, "max_workers": 3},
     }
-    texts = [*(f"text number {i}" for i in range(100)), *(f"slow text number {i}" for i in range(20))]
-    pauses = {"words": 0.3, "chars": 1.0}
+    texts = [f"text number {i}" for i in range(250)]
+    pauses = {"chars": 3.0}  # until the new node has its worker
     grow = After(4, lambda: new.append(cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.4")))
     run = run_on(cluster, tmp_path, texts, pauses, stages=stages, runtime_env={"env_vars": {"PLACED": "yes"}})
+    run.options["nodes"] = 2
     refresh(run, grow)
-    assert len(measured(run)) == 120
+    assert len(measured(run)) == 250
 
     gpu_nodes = {first.node_id, new[0].node_id}
     chars = lines(tmp_path / "log", "chars")
@@ -99,10 +111,8 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
     contrast = lines(tmp_path / "log", "contrast")
     assert {line["node"] for line in contrast} == {cluster.head_node.node_id}, "and none of a GPU node where it is said"
     assert all(line["held"]["fetcher"] == 1 for line in contrast)
-    assert len({line["pid"] for line in chars}) > 2, "the pool grew"
-    assert grow.free[-1] > min(grow.free[4:]), "and shrank when there was little to do"
-    cluster.remove_node(new[0])
-    cluster.remove_node(first)
+    assert max(grow.booked) == 1.5, "the pool grew to three workers"
+    assert grow.booked[-1] < 1.5, "and shrank when little was left to do"
 
 
 def test_a_run_without_the_gpus_that_it_needs_waits_and_goes_on_when_they_are_there(
@@ -129,7 +139,7 @@ def test_a_run_without_the_gpus_that_it_needs_waits_and_goes_on_when_they_are_th
 
 
 def test_a_run_that_loses_its_gpus_stops_in_time_and_is_resumed(cluster: Any, tmp_path: Path):
-    (node,) = cluster.worker_nodes
+    node = cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.6")
     texts = [f"text {i}" for i in range(100)]
     run = run_on(cluster, tmp_path, texts, {"chars": 0.4}, wait_s=4)
     lost = After(3, lambda: cluster.remove_node(node))
@@ -137,7 +147,7 @@ def test_a_run_that_loses_its_gpus_stops_in_time_and_is_resumed(cluster: Any, tm
         EngineError, match=r"worker of chars needs 1 CPU \+ 0\.5 GPU.*waited \d+ s.*run the command again"
     ):
         refresh(run, lost)
-    cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.6")
+    cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.7")
     refresh(run, Silent())
     assert len(measured(run)) == 100
     assert len(lines(tmp_path / "log", "words")) < 2 * 20, "what was committed was not done again"
@@ -147,7 +157,7 @@ def test_a_cluster_that_gets_smaller_goes_on_with_smaller_workers(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(ray_watch, "SETTLE_S", 1.0)
-    (node,) = cluster.worker_nodes
+    node = cluster.add_node(num_cpus=2, node_ip_address="127.0.0.8")
     stages = {"words": {"cpus": 2}, "contrast": {"cpus": 2}, "chars": {"cpus": 1}}
     run = run_on(cluster, tmp_path, [f"text {i}" for i in range(60)], {"words": 0.3}, stages=stages)
     refresh(run, After(3, lambda: cluster.remove_node(node)))
