@@ -72,6 +72,8 @@ SOFTWARE = (
     "pyarrow",
     "deltalake",
     "ray",
+    "apache-beam",
+    "transformers",
     "numpy",
     "pillow",
 )

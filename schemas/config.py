@@ -423,7 +423,11 @@ class Engine(Section):
     address: str | None = Field(
         "auto", description="Ray: a cluster's address; auto: RAY_ADDRESS, a running one, or a new one"
     )
-    workers: int | None = Field(None, gt=0, description="local: processes (default 1); ray: model workers at most")
+    workers: int | None = Field(
+        None,
+        gt=0,
+        description="local: processes (default 1); ray: model workers at most; Dask on this machine: processes",
+    )
     stages: dict[str, Placement] = Field(
         default_factory=dict, description="what workers occupy and where they run, by stage: {clip: {gpus: 0.5}}"
     )

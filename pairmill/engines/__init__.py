@@ -7,7 +7,10 @@ alike.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -86,3 +89,17 @@ def open_engine(config: EngineConfig, dataset: str | None = None) -> AbstractCon
     from pairmill.engines.ray_data import ray_engine
 
     return ray_engine(config)
+
+
+@contextlib.contextmanager
+def import_path() -> Iterator[None]:
+    """Worker processes that are started on this machine meanwhile import what the driver can import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before

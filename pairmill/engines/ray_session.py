@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from pairmill.engines import import_path
 from pairmill.errors import EngineError
 from schemas.config import Engine as EngineConfig
 
@@ -75,7 +76,7 @@ def _start(config: EngineConfig) -> tuple[str, bool]:
             with contextlib.suppress(ConnectionError):
                 ray.init(address="auto", **common)
                 return "ray cluster that runs here", False
-        with _import_path(), _without_greeting():
+        with import_path(), _without_greeting():
             ray.init(address="local", include_dashboard=False, _node_ip_address=LOCAL_ADDRESS, **common)
     except ValueError as error:
         raise EngineError(
@@ -135,20 +136,6 @@ def _probe() -> None:
                 "job submit --working-dir . -- python -m pairmill run ...), say engine.runtime_env: {working_dir: .}, "
                 "or install pairmill and its requirements on every node"
             )
-
-
-@contextlib.contextmanager
-def _import_path() -> Iterator[None]:
-    """Workers of a cluster started here inherit this environment, so they import what the driver can import."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pairmill.engines import import_path
 from pairmill.engines.beam.harness import mended, silent, told
 from pairmill.engines.beam.outbox import Outbox, clear
 from pairmill.errors import ConfigError, EngineError, StoreError
@@ -56,7 +57,7 @@ def beam_engine(config: EngineConfig, dataset: str | None) -> Iterator[BeamEngin
     clear(store.url)
     with (
         _quiet(),
-        _import_path(),
+        import_path(),
         _options().chosen_runner(config.pipeline_options, config.workers, store.local) as runner,
     ):
         try:
@@ -99,20 +100,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         root.removeFilter(told)
-
-
-@contextlib.contextmanager
-def _import_path() -> Iterator[None]:
-    """Worker processes of this machine inherit this environment, so they import what the driver can import."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 class BeamEngine:
