@@ -64,7 +64,7 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 TRIES = 4
 """How often a run is started anew that had ended before its random moment came."""
 SHARDS = 16
-OUTLIVE_S = 30.0
+OUTLIVE_S = 150.0
 """How long processes of a dead driver may be there."""
 
 
