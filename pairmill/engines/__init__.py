@@ -86,7 +86,7 @@ def open_engine(config: EngineConfig, dataset: str | None = None) -> AbstractCon
         from pairmill.engines.beam import beam_engine
 
         return beam_engine(config, dataset)
-    from pairmill.engines.ray_data import ray_engine
+    from pairmill.engines.ray import ray_engine
 
     return ray_engine(config)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pairmill.engines import ray_weights
+from pairmill.engines.ray import weights
 from pairmill.plan import Recipe
 from pairmill.procedural.scene import render, sample_scene
 from pairmill.query import query
@@ -86,7 +86,7 @@ def test_models_of_the_driver_come_to_a_node_once(
     shutil.copytree(tiny_clip_dir(), tmp_path / "clip")
     shutil.copy(HEAD, tmp_path / "head.safetensors")
     monkeypatch.setenv(CACHE_ENV, str(tmp_path / "near"))
-    monkeypatch.setattr(ray_weights, "CHUNK", 2**18)
+    monkeypatch.setattr(weights, "CHUNK", 2**18)
     monkeypatch.chdir(tmp_path)  # so that these paths mean nothing to workers
     names = {"clip": {"path": "clip"}, "heads": {"objects": {"path": "head.safetensors"}}}
     ray = {"kind": "ray", "address": address, "workers": 1}

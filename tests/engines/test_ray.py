@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from pairmill.engines import ray_data, ray_watch
-from pairmill.engines.ray_pools import MissingResourcesError, Need, Node, Pool, Sizing, slots
-from pairmill.engines.ray_watch import Patience, ResizeError, Watch
+from pairmill.engines import ray as on_ray
+from pairmill.engines.ray import watch as watching
+from pairmill.engines.ray.pools import MissingResourcesError, Need, Node, Pool, Sizing, slots
+from pairmill.engines.ray.watch import Patience, ResizeError, Watch
 from pairmill.errors import EngineError, StageFailed
 from pairmill.execute import Job, Unit
 from pairmill.plan import Recipe, compile_plan
@@ -111,10 +112,10 @@ def test_units_go_through_streams_of_bounded_size_and_what_a_broken_one_left_goe
     monkeypatch: pytest.MonkeyPatch,
 ):
     machines = nodes({"CPU": 2.0})
-    monkeypatch.setattr(ray_data, "wait_for_pools", lambda sizing, _: (sizing.pools(machines), machines))
-    monkeypatch.setattr(ray_data, "STREAM_PAUSE_S", 0.0)
-    monkeypatch.setattr(ray_data, "FEWEST_UNITS", 5)
-    monkeypatch.setattr(ray_data, "MOST_UNITS", 5)
+    monkeypatch.setattr(on_ray, "wait_for_pools", lambda sizing, _: (sizing.pools(machines), machines))
+    monkeypatch.setattr(on_ray, "STREAM_PAUSE_S", 0.0)
+    monkeypatch.setattr(on_ray, "FEWEST_UNITS", 5)
+    monkeypatch.setattr(on_ray, "MOST_UNITS", 5)
     taken: list[int] = []
     streams: list[list[int]] = []
 
@@ -123,7 +124,7 @@ def test_units_go_through_streams_of_bounded_size_and_what_a_broken_one_left_goe
             taken.append(shard)
             yield Unit(shard, "", {})
 
-    class Engine(ray_data.RayEngine):
+    class Engine(on_ray.RayEngine):
         def _stream(self, job: Job, texts: Sequence[str], pools: Sequence[Pool], watch: Watch) -> Iterator[Unit]:
             units = [Unit.loads(text) for text in texts]
             streams.append([unit.shard for unit in units])
@@ -154,7 +155,7 @@ class Clock:
 
 def test_a_watch_gives_a_stream_up_for_another_size_that_lasts(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
-    monkeypatch.setattr(ray_watch, "time", clock)
+    monkeypatch.setattr(watching, "time", clock)
     machines = nodes({"CPU": 2.0}, {"CPU": 1.0})
     sizing = Sizing(job(replace(TASK, cpus=2), replace(TASK, cpus=2, rows=32)))
     offered = machines
@@ -187,7 +188,7 @@ def test_a_watch_waits_for_what_is_missing_and_no_longer(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     clock = Clock()
-    monkeypatch.setattr(ray_watch, "time", clock)
+    monkeypatch.setattr(watching, "time", clock)
     machines = nodes({"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0})
     sizing = Sizing(job(TASK, ON_GPU))
     watch = Watch(sizing, sizing.pools(machines), Patience(100), lambda: machines[:1])

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pairmill.engines import ray_session, ray_watch
+from pairmill.engines.ray import session
+from pairmill.engines.ray import watch as watching
 from pairmill.errors import EngineError
 from pairmill.query import query
 from pairmill.report.progress import Silent
@@ -126,7 +127,7 @@ def test_a_run_without_the_gpus_that_it_needs_waits_and_goes_on_when_they_are_th
             if "waiting up to" in record.getMessage() and not cluster.worker_nodes:
                 cluster.add_node(**GPU_NODE, node_ip_address="127.0.0.5")
 
-    watch, handler = logging.getLogger("pairmill.engines.ray_watch"), Comes()
+    watch, handler = logging.getLogger("pairmill.engines.ray.watch"), Comes()
     watch.addHandler(handler)
     try:
         refresh(run, Silent())
@@ -155,7 +156,7 @@ def test_a_run_that_loses_its_gpus_stops_in_time_and_is_resumed(cluster: Any, tm
 def test_a_cluster_that_gets_smaller_goes_on_with_smaller_workers(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(ray_watch, "SETTLE_S", 1.0)
+    monkeypatch.setattr(watching, "SETTLE_S", 1.0)
     node = cluster.add_node(num_cpus=2, node_ip_address="127.0.0.8")
     stages = {"words": {"cpus": 2}, "contrast": {"cpus": 2}, "chars": {"cpus": 1}}
     run = run_on(cluster, tmp_path, [f"text {i}" for i in range(60)], {"words": 0.3}, stages=stages)
@@ -169,7 +170,7 @@ def test_a_cluster_that_gets_smaller_goes_on_with_smaller_workers(
 def test_a_worker_without_the_code_is_found_before_anything_runs(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ray_session, "PACKAGES", ("pairmill", "not_on_the_workers"))
+    monkeypatch.setattr(session, "PACKAGES", ("pairmill", "not_on_the_workers"))
     run = run_on(cluster, tmp_path, ["a text"], {}, stages={})
     with pytest.raises(EngineError, match=r"node 127\.0\.0\.2 .* lack the code .*not_on_the_workers.*working-dir"):
         refresh(run, Silent())

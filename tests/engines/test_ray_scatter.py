@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import pytest
 
 from pairmill.dedup.semantic import SemanticNeighbours
-from pairmill.engines import Engine, in_cells, ray_scatter
-from pairmill.engines.ray_data import RayEngine, ray_engine
-from pairmill.engines.ray_scatter import STORE
+from pairmill.engines import Engine, in_cells
+from pairmill.engines.ray import RayEngine, ray_engine, scatter
+from pairmill.engines.ray.scatter import STORE
 from pairmill.errors import ContractError, EngineError
 from pairmill.stage import CELL, Resources, whole_cells
 from schemas.config import Engine as EngineConfig
@@ -129,7 +129,7 @@ def test_errors_of_the_work_arrive_as_they_are(engine: Engine, tmp_path: Path):
 def test_a_cell_that_always_kills_its_worker_stops_the_run(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ray_scatter, "RETRIES", 1)
+    monkeypatch.setattr(scatter, "RETRIES", 1)
     with pytest.raises(EngineError, match=r"worker of a cell died 2 times .* run the command again"):
         list(engine.scatter(Total(tmp_path, die, on=(9,), times=9), MIXED))
 

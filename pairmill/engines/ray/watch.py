@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pairmill.engines.ray_pools import MissingResourcesError, Need, Node, Pool, Sizing, alive_nodes
+from pairmill.engines.ray.pools import MissingResourcesError, Need, Node, Pool, Sizing, alive_nodes
 from pairmill.errors import EngineError
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 
-from pairmill.engines import ray_scatter
-from pairmill.engines.ray_pools import Need, Pool, Sizing, alive_nodes, slots
-from pairmill.engines.ray_session import session
-from pairmill.engines.ray_watch import Patience, ResizeError, Watch, wait_for_pools
-from pairmill.engines.ray_weights import Sender, Shipment
+from pairmill.engines.ray import scatter as cells
+from pairmill.engines.ray.pools import Need, Pool, Sizing, alive_nodes, slots
+from pairmill.engines.ray.session import session
+from pairmill.engines.ray.watch import Patience, ResizeError, Watch, wait_for_pools
+from pairmill.engines.ray.weights import Sender, Shipment
 from pairmill.errors import EngineError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def ray_engine(config: EngineConfig) -> Iterator[RayEngine]:
-    """An engine on a Ray cluster, see `pairmill.engines.ray_session.session`.
+    """An engine on a Ray cluster, see `pairmill.engines.ray.session.session`.
 
     Raises:
         EngineError: Ray is not installed, or the cluster cannot be reached or lacks the code.
@@ -120,7 +120,7 @@ class RayEngine:
 
     def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """See `pairmill.engines.Engine.scatter`."""
-        return ray_scatter.scatter(work, rows, Patience(self._wait_s))
+        return cells.scatter(work, rows, Patience(self._wait_s))
 
     def _stream(self, job: Job, texts: Sequence[str], pools: Sequence[Pool], watch: Watch) -> Iterator[Unit]:
         """Units, as JSON, through one stream of Ray Data."""

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from pairmill.engines import cells_of
-from pairmill.engines.ray_pools import ALMOST, MissingResourcesError, Need, Node, alive_nodes
-from pairmill.engines.ray_watch import CHECK_S, Patience
+from pairmill.engines.ray.pools import ALMOST, MissingResourcesError, Need, Node, alive_nodes
+from pairmill.engines.ray.watch import CHECK_S, Patience
 from pairmill.errors import EngineError
 from pairmill.stage import CellWork, Resources
 
