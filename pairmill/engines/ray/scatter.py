@@ -37,20 +37,17 @@ def scatter(work: CellWork, rows: Iterable[pa.Table], patience: Patience) -> Ite
     room = _Room(work, patience)
     task = ray.remote(do).options(max_retries=RETRIES, **room.options)
     under_way: dict[Any, tuple[Any, int]] = {}
-    try:
-        for cell in cells_of(rows):
-            while not room.holds([size for _, size in under_way.values()], cell.nbytes):
-                yield from _finished(under_way, room)
-            # The rows are held until the answer is there: what a lost node answered is then computed anew.
-            held = ray.put(cell)
-            under_way[task.remote(work, held)] = held, cell.nbytes
-            del held, cell
-        while under_way:
+    # When it ends early, what is under way (two tasks a slot) is left to end by itself: in Ray 2.60 a task that is
+    # cancelled just as it answers takes the whole driver down (seen: "Tried to complete task that was not pending").
+    for cell in cells_of(rows):
+        while not room.holds([size for _, size in under_way.values()], cell.nbytes):
             yield from _finished(under_way, room)
-    finally:
-        if ray.is_initialized():  # else to cancel would start a Ray
-            for answer in under_way:
-                ray.cancel(answer)
+        # The rows are held until the answer is there: what a lost node answered is then computed anew.
+        held = ray.put(cell)
+        under_way[task.remote(work, held)] = held, cell.nbytes
+        del held, cell
+    while under_way:
+        yield from _finished(under_way, room)
 
 
 def _finished(under_way: dict[Any, tuple[Any, int]], room: _Room) -> Iterator[pa.Table]:
