@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pairmill.engines.ray import scatter as cells
 from pairmill.engines.ray.pools import Need, Pool, Sizing, alive_nodes, slots
-from pairmill.engines.ray.session import session
+from pairmill.engines.ray.session import open_session
 from pairmill.engines.ray.watch import Patience, ResizeError, Watch, wait_for_pools
 from pairmill.engines.ray.weights import Sender, Shipment
 from pairmill.errors import EngineError
@@ -54,12 +54,12 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def ray_engine(config: EngineConfig) -> Iterator[RayEngine]:
-    """An engine on a Ray cluster, see `pairmill.engines.ray.session.session`.
+    """An engine on a Ray cluster, see `pairmill.engines.ray.session.open_session`.
 
     Raises:
         EngineError: Ray is not installed, or the cluster cannot be reached or lacks the code.
     """
-    with session(config) as (name, own):
+    with open_session(config) as (name, own):
         yield RayEngine(config, name, own)
 
 

@@ -24,7 +24,7 @@ PROBE_S = 300.0
 
 
 @contextlib.contextmanager
-def session(config: EngineConfig) -> Iterator[tuple[str, bool]]:
+def open_session(config: EngineConfig) -> Iterator[tuple[str, bool]]:
     """Join the cluster that the config or RAY_ADDRESS names, or one that runs here; else start one on this machine.
     Gives its name, and whether it is our own, which nobody adds machines to.
 
