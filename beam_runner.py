@@ -6,12 +6,11 @@ As `pairmill run`, with Beam's pipeline options behind it. See docs/beam.md.
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
 from pairmill.cli import main, prepare, run
-from pairmill.commands.common import AsJson, Config, Overrides, Wait
+from pairmill.commands.common import AsJson, Config, Debug, Overrides, RetryDeferred, Wait
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -29,15 +28,10 @@ def beam(
     context: typer.Context,
     config: Config,
     overrides: Overrides = None,
-    retry_deferred: Annotated[
-        bool,
-        typer.Option("--retry-deferred", help="try all deferred pairs again, not only those whose time has come"),
-    ] = False,
+    retry_deferred: RetryDeferred = False,
     wait: Wait = 0.0,
     as_json: AsJson = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="PAIRMILL_DEBUG", help="log more, and show tracebacks")
-    ] = False,
+    debug: Debug = False,
 ) -> None:
     """Run a config's recipe on Apache Beam: as `pairmill run`, with the stages on the runner that Beam's pipeline
     options name. The driver plans, commits and publishes; interrupted, the same command goes on.

@@ -17,7 +17,18 @@ import typer
 
 from pairmill import __version__
 from pairmill.commands import versions
-from pairmill.commands.common import AsJson, Config, DatasetUrl, Overrides, SnapshotId, Wait, print_json, shown
+from pairmill.commands.common import (
+    AsJson,
+    Config,
+    DatasetUrl,
+    Debug,
+    Overrides,
+    RetryDeferred,
+    SnapshotId,
+    Wait,
+    print_json,
+    shown,
+)
 from pairmill.commands.export import export
 from pairmill.commands.forget import forget
 from pairmill.commands.verify import verify
@@ -70,9 +81,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[
-        bool, typer.Option("--debug", envvar="PAIRMILL_DEBUG", help="log more, and show tracebacks")
-    ] = False,
+    debug: Debug = False,
     version: Annotated[  # noqa: ARG001 (its callback acts)
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
     ] = False,
@@ -109,10 +118,7 @@ def prepare(debug: bool) -> None:
 def run(
     config: Config,
     overrides: Overrides = None,
-    retry_deferred: Annotated[
-        bool,
-        typer.Option("--retry-deferred", help="try all deferred pairs again, not only those whose time has come"),
-    ] = False,
+    retry_deferred: RetryDeferred = False,
     revisit: Annotated[
         bool, typer.Option("--revisit", help="ask for stored images again; what changed becomes a new image")
     ] = False,

@@ -25,6 +25,12 @@ Wait = Annotated[
     typer.Option("--wait", min=0, metavar="SECONDS", help="how long to wait for another process that uses the dataset"),
 ]
 
+RetryDeferred = Annotated[
+    bool,
+    typer.Option("--retry-deferred", help="try all deferred pairs again, not only those whose time has come"),
+]
+Debug = Annotated[bool, typer.Option("--debug", envvar="PAIRMILL_DEBUG", help="log more, and show tracebacks")]
+
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout."""
