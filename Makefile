@@ -16,8 +16,8 @@ help: ## this list
 demo: .venv/.ready ## URL list to training data on a small procedural web; PAIRS=2000 OUT=demo
 	$(bin)/pairmill demo --pairs $(PAIRS) --out $(OUT)
 
-test: .venv/.ready-dev ## all tests; ARGS="-k funnel" for some
-	$(bin)/python -m pytest $(ARGS)
+test: .venv/.ready-dev ## all tests, in two processes; ARGS="-k funnel" for some, ARGS=-n0 in one process
+	$(bin)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: .venv/.ready-dev ## format, lint, types, import directions; changes nothing
 	$(bin)/ruff format --check .

@@ -1,12 +1,24 @@
 """What all tests share: hypothesis draws the same examples each time, and a loaded machine is no failure."""
 
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+LOADS_THE_MACHINE = ("contract", "deploy", "engines", "faults")
+"""Folders whose tests start clusters, kill processes and have deadlines: never two of them at once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs files side by side, each file in one process, where its fixtures are made once."""
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent)
+        item.add_marker(pytest.mark.xdist_group("machine" if file.parts[0] in LOADS_THE_MACHINE else str(file)))
 
 
 @pytest.fixture(scope="session", autouse=True)
