@@ -9,13 +9,16 @@ commit.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -537,6 +540,19 @@ class Worker:
             pool = ThreadPoolExecutor(1, thread_name_prefix="pairmill-warm")
             self._warming |= {s.index: pool.submit(_open, s.step) for s in cold if isinstance(s.step, Stage)}
             pool.shutdown(wait=False)
+
+    def release(self) -> None:
+        """Let go of all kernels and of the memory that they hold, on a GPU too; they are opened again when they are
+        used."""
+        for opening in self._warming.values():
+            if not opening.cancel():
+                futures.wait([opening])
+        self._warming.clear()
+        self._kernels.clear()
+        self._pixels.clear()
+        gc.collect()  # modules of torch hold each other in circles
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
 
     def _kernel(self, planned: PlannedStep) -> Kernel:
         if planned.index not in self._kernels:

@@ -12,10 +12,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import tempfile
 import threading
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from typing import Any
 
 from pairmill import errors, storage
 from pairmill.execute import Care, Job, Unit, Worker
@@ -32,15 +35,38 @@ MAX_SILENT_DEATHS = 3
 
 
 def run_unit(worker: Worker, unit: Unit) -> Unit:
-    """Run a unit in a worker; an error that pairmill raised on purpose becomes the unit's `failure`."""
+    """Run a unit in a worker; an error that pairmill raised on purpose becomes the unit's `failure`. Others are raised,
+    as errors that travel between processes."""
     if unit.failure is not None:
         return unit
     mark = _Mark(worker, unit)
     try:
         with mark:
-            return _isolated(worker.job, worker.group, unit) if mark.found else worker.run(unit)
+            if not mark.found:
+                return worker.run(unit)
+            worker.release()  # or a device would have to hold its models twice
+            return _isolated(worker.job, worker.group, unit)
     except errors.PairmillError as error:
-        return replace(unit, failure=[type(error).__name__, str(error)])
+        return replace(unit, failure=_failure(error))
+    except Exception as error:
+        if not _travels(error):
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise
+
+
+def _failure(error: errors.PairmillError) -> list[str]:
+    """Class name, of the nearest class that `pairmill.errors` has, and message."""
+    kind = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    return [kind.__name__, str(error)]
+
+
+def _travels(error: Exception) -> bool:
+    """Whether another process gets the error as it is. Many a library's does not: whoever waits for it would take its
+    sender for dead."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)  # noqa: S301 (what was just made of it)
+    except Exception:  # noqa: BLE001 (whatever its class does)
+        return False
 
 
 def raise_failure(unit: Unit) -> None:
@@ -107,20 +133,25 @@ def _learn(care: Care) -> bool:
 
 
 def _in_child(job: Job, group: int, unit: Unit, care: Care) -> Unit | None:
-    """The unit as a child process finished it, or None when the child died."""
+    """The unit as a child process finished it, or None when the child died. What the child raised is raised here."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(job, group, unit.dumps(), care, sender))
     child.start()
     sender.close()  # so that the pipe ends when the child does
     try:
-        text = receiver.recv()
+        answer = receiver.recv()
     except EOFError:
         return None
+    except BaseException:  # Ctrl-C
+        child.kill()
+        raise
     finally:
         child.join()
         receiver.close()
-    return Unit.loads(text)
+    if isinstance(answer, Exception):
+        raise answer
+    return Unit.loads(answer)
 
 
 def die_with_parent() -> None:
@@ -139,9 +170,13 @@ def die_with_parent() -> None:
 def _child(job: Job, group: int, text: str, care: Care, sender: Connection) -> None:
     die_with_parent()
     unit = Unit.loads(text)
+    answer: Any
     try:
-        unit = Worker(job, group, care).run(unit)
+        answer = Worker(job, group, care).run(unit).dumps()
     except errors.PairmillError as error:
-        unit = replace(unit, failure=[type(error).__name__, str(error)])
-    sender.send(unit.dumps())
+        answer = replace(unit, failure=_failure(error)).dumps()
+    except Exception as error:  # noqa: BLE001 (a defect of the code is no death: it is raised where the unit came from)
+        told = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        answer = ExceptionWithTraceback(told, error.__traceback__)
+    sender.send(answer)
     sender.close()

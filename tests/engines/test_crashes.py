@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pairmill.errors import EngineError
+from pairmill.errors import EngineError, StoreError
 from pairmill.execute import Care
 from pairmill.isolate import MARKS
 from pairmill.report.progress import Silent
@@ -57,6 +57,47 @@ def test_a_process_that_dies_while_loading_is_no_fault_of_a_row(tmp_path: Path):
     run = config(tmp_path, table, recipe="tests.steps:recipe_that_dies_at_open", engine=ENGINES[0])
     with pytest.raises(EngineError, match="dies while it loads or writes, not on a row"):
         refresh(run, Silent())
+
+
+FAILS = "tests.engines.failing_steps:recipe_that_fails"
+
+
+def mark(root: Path, shard: int) -> None:
+    """As a worker leaves it that dies of this shard."""
+    (root / "dataset" / MARKS).mkdir(parents=True)
+    (root / "dataset" / MARKS / f"{shard}-0-0").touch()
+
+
+@pytest.mark.parametrize("when", ["opening", "calling"])
+def test_a_defect_of_the_code_is_no_crash_of_a_row(tmp_path: Path, when: str):
+    table = write_urls(tmp_path / "urls.parquet", texts(15))
+    run = config(tmp_path, table, recipe=FAILS, options={when: "mistype"})
+    mark(tmp_path, 0)
+    with pytest.raises(NameError, match="'wrods' is not defined") as raised:
+        refresh(run, Silent())
+    assert "failing_steps.py" in str(raised.value.__cause__), "where it was"
+    record = refresh(config(tmp_path, table, recipe=FAILS), Silent()).snapshot
+    assert record is not None and record.kept == record.admitted == 15
+
+
+def test_a_worker_makes_room_for_the_child_that_runs_its_shard_again(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", texts(30))
+    recipe = "tests.engines.failing_steps:recipe_on_a_device"
+    run = config(tmp_path, table, recipe=recipe, shard_size=10, options={"device": str(tmp_path / "device")})
+    mark(tmp_path, 1)
+    record = refresh(run, Silent()).snapshot
+    assert record is not None and record.kept == record.admitted == 30
+    assert not list((tmp_path / "dataset" / MARKS).iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_errors_of_stores_and_libraries_arrive_as_what_they_say(tmp_path: Path, workers: int):
+    table = write_urls(tmp_path / "urls.parquet", texts(15))
+    engine = {"kind": "local", "workers": workers}
+    with pytest.raises(StoreError, match="the bucket is closed"):
+        refresh(config(tmp_path, table, recipe=FAILS, engine=engine, options={"opening": "refuse"}), Silent())
+    with pytest.raises(RuntimeError, match="OddError: the hub says 451"):
+        refresh(config(tmp_path, table, recipe=FAILS, engine=engine, options={"opening": "be_odd"}), Silent())
 
 
 def test_careful_parts_cover_all_rows_in_order():
