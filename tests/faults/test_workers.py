@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +103,59 @@ def test_workers_that_are_killed_cost_time_and_nothing_else(
     assert outcome(run) == outcome(calm)
 
 
+@contextlib.contextmanager
+def command(root: Path, engine: Mapping[str, object]) -> Iterator[subprocess.Popen[bytes]]:
+    """The command, which has finished a shard and works on others; what it says goes into ``said.txt``."""
+    table = write_urls(root / "urls.parquet", texts(300))
+    run = config(root, table, shard_size=15, engine=engine, options={"pause_s": 0.5})
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json", by_alias=True)))
+    with (root / "said.txt").open("wb") as said:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "pairmill", "run", str(path)], stdout=said, stderr=said, cwd=HERE
+        )
+    try:
+        while not list((root / "dataset").glob("words-*/shard=*/*.parquet")):
+            assert driver.poll() is None, (root / "said.txt").read_text()
+            time.sleep(0.05)
+        yield driver
+    finally:
+        driver.kill()
+        driver.wait()
+
+
 @both_engines
 def test_a_driver_that_is_killed_leaves_no_processes(
     tmp_path: Path, engine: Mapping[str, object], names: tuple[str, ...]
 ):
-    table = write_urls(tmp_path / "urls.parquet", texts(300))
-    run = config(tmp_path, table, shard_size=15, engine=engine, options={"pause_s": 0.5})
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json", by_alias=True)))
-    with (tmp_path / "said.txt").open("wb") as said:
-        command = [sys.executable, "-m", "pairmill", "run", str(path)]
-        driver = subprocess.Popen(command, stdout=said, stderr=said, cwd=HERE)
-    while not list((tmp_path / "dataset").glob("words-*/shard=*/*.parquet")):
-        assert driver.poll() is None, (tmp_path / "said.txt").read_text()
-        time.sleep(0.05)
-    assert workers_below(driver.pid, names)
-    agents = {*workers_below(driver.pid, ("ray::DashboardAgent", "ray::RuntimeEnvAgent"))}
-    started = {*psutil.Process(driver.pid).children(recursive=True)} - agents  # Ray's, which end a minute later
-    driver.kill()
-    driver.wait()
+    with command(tmp_path, engine) as driver:
+        assert workers_below(driver.pid, names)
+        agents = {*workers_below(driver.pid, ("ray::DashboardAgent", "ray::RuntimeEnvAgent"))}
+        started = {*psutil.Process(driver.pid).children(recursive=True)} - agents  # Ray's, which end a minute later
+        driver.kill()
     deadline = time.monotonic() + 30
     while (left := [process for process in started if is_alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+@both_engines
+def test_sigterm_ends_a_driver_as_ctrl_c_does(tmp_path: Path, engine: Mapping[str, object], names: tuple[str, ...]):
+    with command(tmp_path, engine) as driver:
+        driver.terminate()
+        assert driver.wait(60) == 130
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    assert said[-1] == "interrupted; run the same command again to go on", said
+    assert not any("SIGTERM" in line for line in said)
+
+
+def test_ray_that_is_gone_is_told(tmp_path: Path):
+    with command(tmp_path, {"kind": "ray", "address": "local"}) as driver:
+        (raylet,) = (p for p in psutil.Process(driver.pid).children() if p.name() == "raylet")
+        raylet.kill()
+        assert driver.wait(60) == 1
+    said = (tmp_path / "said.txt").read_text()
+    assert "Ray's raylet on this machine is gone" in said and "run the command again" in said
 
 
 @pytest.mark.parametrize("engine", [{"kind": "local"}, {"kind": "local", "workers": 2}], ids=["here", "processes"])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from pairmill.engines import import_path
+from pairmill.engines.ray import head
 from pairmill.errors import EngineError
 from schemas.config import Engine as EngineConfig
 
@@ -43,15 +46,34 @@ def open_session(config: EngineConfig) -> Iterator[tuple[str, bool]]:
         ) from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it would log reaches us as an exception
     if ray.is_initialized():
-        yield "ray (joined)", False
+        with head.watched():
+            yield "ray (joined)", False
         return
-    name, own = _start(config)
+    with _sigterm_as_it_was():
+        name, own = _start(config)
     try:
-        if not own:
-            _probe()
-        yield name, own
+        with head.watched():
+            if not own:
+                _probe()
+            yield name, own
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm_as_it_was() -> Iterator[None]:
+    """Ray's way to end at SIGTERM is an exit code of its own; the command's is that of Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    ours = callable(before) and threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    except SystemExit:  # Ray's way, as it starts
+        if ours:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start(config: EngineConfig) -> tuple[str, bool]:
