@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pairmill.engines.ray import weights
+from pairmill.errors import StoreError
 from pairmill.plan import Recipe
 from pairmill.procedural.scene import render, sample_scene
 from pairmill.query import query
@@ -101,3 +102,19 @@ def test_models_of_the_driver_come_to_a_node_once(
     by_hand = settings(tmp_path, "by_hand", {"kind": "local"}, **names)
     refresh(by_hand, Silent())
     assert scores(by_ray) == scores(by_hand) and len(scores(by_ray)) == 8
+
+
+def test_a_node_that_cannot_keep_models_is_named(
+    far: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    address, cache = far
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.write_text("no folder")
+    (tmp_path / "photos").mkdir()
+    render(sample_scene(random.Random(0))).save(tmp_path / "photos" / "0.png")
+    (tmp_path / "photos" / "0.txt").write_text("a drawing of some shapes")
+    shutil.copytree(tiny_clip_dir(), tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    run = settings(tmp_path, "dataset", {"kind": "ray", "address": address, "workers": 1}, clip={"path": "clip"})
+    with pytest.raises(StoreError, match=r"node 127\.0\.0\.3: cannot keep models in .* make room"):
+        refresh(run, Silent())

@@ -21,6 +21,7 @@ from pairmill.report.progress import Silent
 from pairmill.run import refresh
 from pairmill.stage import Resources
 from schemas.config import Engine as Config
+from tests.engines.cluster_steps import Contrast
 from tests.steps import AtLeast, CountChars, CountWords, config, write_urls
 
 
@@ -39,6 +40,7 @@ def sized(words: Resources, chars: Resources, machines: list[Node], **said: Any)
 
 TASK = Resources(cpus=1)
 MODEL = Resources(cpus=1, rows=32, actor=True)
+MODEL16 = replace(MODEL, rows=16)
 ON_GPU = replace(MODEL, gpus=0.5)
 
 
@@ -55,6 +57,19 @@ def test_a_group_may_ask_for_few_workers():
     for workers, expected in ((None, 2), (4, 2), (1, 1)):
         pool = sized(TASK, chars, nodes({"CPU": 16.0}), workers=workers)[1]
         assert (pool.least, pool.most) == (expected, expected)
+
+
+def test_groups_that_keep_several_workers_leave_room_for_a_task():
+    groups = (CountWords(resources=TASK), Contrast(resources=MODEL16), CountChars(resources=MODEL))
+    for wants in ({"min_workers": 3}, {"workers": 3}):
+        steps = (groups[0], *(replace(g, resources=replace(g.resources, **wants)) for g in groups[1:]))
+        sizing = Sizing(Job("dataset", compile_plan(Recipe("test", steps)), 0, 0.0, 0))
+        for cpus, kept in ((3.0, [1, 1]), (4.0, [2, 1]), (6.0, [3, 2]), (7.0, [3, 3]), (16.0, [3, 3])):
+            pools = sizing.pools(nodes({"CPU": cpus}))
+            assert [pool.need.cpus for pool in pools] == [1.0] * 3
+            assert [pool.least for pool in pools] == [0, *kept]
+    gpus = sized(TASK, replace(ON_GPU, min_workers=4), nodes({"CPU": 8.0}, {"CPU": 3.0, "GPU": 1.0}))
+    assert (gpus[1].least, gpus[1].most) == (2, 2), "as many as there are"
 
 
 def test_one_cpu_is_shared_by_all_groups():
@@ -182,6 +197,16 @@ def test_a_watch_gives_a_stream_up_for_another_size_that_lasts(monkeypatch: pyte
     watch = Watch(sizing, sizing.pools(machines), Patience(60), lambda: machines[:1])
     with pytest.raises(ResizeError):
         look_until(60.0)
+
+
+def test_pools_grow_onto_new_nodes_but_not_those_whose_workers_share_limits():
+    machines = nodes({"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0})
+    more = [*machines, *nodes({"CPU": 2.0, "GPU": 1.0})]
+    for wants, bound in (({}, 4), ({"workers": 3}, 2)):
+        sizing = Sizing(job(TASK, replace(ON_GPU, **wants)))
+        watch = Watch(sizing, sizing.pools(machines), Patience(0))
+        assert sizing.pools(machines)[1].most == 2
+        assert watch._bounds(sizing.pools(more))[1].most == bound
 
 
 def test_a_watch_waits_for_what_is_missing_and_no_longer(

@@ -21,7 +21,7 @@ from pairmill.engines.ray.pools import Need, Pool, Sizing, alive_nodes, slots
 from pairmill.engines.ray.session import open_session
 from pairmill.engines.ray.watch import Patience, ResizeError, Watch, wait_for_pools
 from pairmill.engines.ray.weights import Sender, Shipment
-from pairmill.errors import EngineError
+from pairmill.errors import EngineError, PairmillError, StoreError
 from pairmill.execute import Job, Unit, Worker
 from pairmill.isolate import run_unit
 from pairmill.stage import WORKERS_ENV, CellWork
@@ -227,10 +227,19 @@ class _GroupActor:
         if workers is not None:
             os.environ[WORKERS_ENV] = str(workers)
         _see_what_is_booked()
-        self._worker = Worker(sent.unpacked(group), group)
-        self._worker.warm(wanted)
+        self._error: PairmillError | None = None
+        try:
+            self._worker = _worker(sent, group)
+        except (
+            PairmillError
+        ) as error:  # told with the first unit: Ray takes an actor that cannot be made for a lost one
+            self._error = error
+        else:
+            self._worker.warm(wanted)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._error is not None:
+            raise self._error
         return _run_batch(self._worker, batch)
 
 
@@ -243,9 +252,23 @@ def _run_task(batch: dict[str, np.ndarray], sent: Shipment, group: int) -> dict[
     key = (sent.job.dataset, sent.job.segment, group)
     job, worker = _task_workers.get(key, (None, None))
     if worker is None or job != sent.job:
-        worker = Worker(sent.unpacked(group), group)
+        worker = _worker(sent, group)
         _task_workers[key] = (sent.job, worker)
     return _run_batch(worker, batch)
+
+
+def _worker(sent: Shipment, group: int) -> Worker:
+    """A worker whose models lie on this node.
+
+    Raises:
+        StoreError: they cannot be kept there; the message names the node.
+    """
+    import ray
+
+    try:
+        return Worker(sent.unpacked(group), group)
+    except StoreError as error:
+        raise StoreError(f"node {ray.util.get_node_ip_address()}: {error}") from error
 
 
 def _see_what_is_booked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -134,7 +135,8 @@ class Sizing:
         """How each group runs, so that all groups can run at the same time.
 
         Actors hold what they occupy for the whole segment: were they to take all, tasks would wait for ever. So room
-        for a task is set aside first, and where even one worker a group does not fit, all take fewer CPUs.
+        for a task is set aside first, and where even one worker a group does not fit, all take fewer CPUs. Groups that
+        want to keep more workers than one get them in turn, as long as there is room.
 
         Raises:
             MissingResourcesError: a group has no room, even so.
@@ -144,8 +146,38 @@ class Sizing:
             needs = self.needs(scale, share)
             free = [_Free(node) for node in nodes]
             if self._place(needs, free) is None:
-                return [self._pool(groups[i], need, self._fits(i, needs, nodes)) for i, need in enumerate(needs)]
+                kept = self._kept(needs, free)
+                return [
+                    self._pool(groups[i], need, kept[i], self._fits(i, needs, nodes)) for i, need in enumerate(needs)
+                ]
         raise self._missing(nodes)
+
+    def _wanted(self, group: Group) -> int:
+        """Workers that a group wants to keep: none, for groups of tasks."""
+        wants = group.resources
+        if not wants.actor:
+            return 0
+        return min([wants.workers or wants.min_workers or 1, *self._said(group)])
+
+    def _said(self, group: Group) -> list[int]:
+        """What config and placement say of the most workers."""
+        return [n for n in (self.workers, group.resources.max_workers) if n is not None]
+
+    def _kept(self, needs: Sequence[Need], free: Sequence[_Free]) -> list[int]:
+        """Workers of each group that are kept, given what is free beside one of each: those that are wanted, one more
+        of each group at a time, as long as a task of each other group has room beside them."""
+        wanted = [self._wanted(group) for group in self.job.groups]
+        kept = [min(1, n) for n in wanted]
+        growing = [i for i, n in enumerate(wanted) if n > kept[i]]
+        while growing:
+            for i in list(growing):
+                left = [place.copy() for place in free]
+                if _take(needs[i], left) and self._without_room(needs, left) is None:
+                    free = left
+                    kept[i] += 1
+                if kept[i] == wanted[i] or free is not left:
+                    growing.remove(i)
+        return kept
 
     def _place(self, needs: Sequence[Need], free: Sequence[_Free]) -> int | None:
         """Take one worker of each actor group from what is free, and see that a task of each other group then fits.
@@ -154,6 +186,10 @@ class Sizing:
         for i in sorted(actors, key=lambda i: (-needs[i].gpus, not needs[i].restricted, -needs[i].cpus)):
             if not _take(needs[i], free):
                 return i
+        return self._without_room(needs, free)
+
+    def _without_room(self, needs: Sequence[Need], free: Sequence[_Free]) -> int | None:
+        """The first group of tasks of which none fits into what is free."""
         tasks = [i for i, group in enumerate(self.job.groups) if not group.resources.actor]
         return next((i for i in tasks if not any(place.room(needs[i]) for place in free)), None)
 
@@ -167,18 +203,14 @@ class Sizing:
             _take(needs[i], free)
         return max(1, sum(place.room(needs[index]) for place in free))
 
-    def _pool(self, group: Group, need: Need, fits: int) -> Pool:
-        wants = group.resources
-        if not wants.actor:
+    def _pool(self, group: Group, need: Need, kept: int, fits: int) -> Pool:
+        if not kept:
             return Pool(need)
-        said = [n for n in (self.workers, wants.max_workers) if n is not None]
-        if wants.workers is not None:
-            fixed = min(wants.workers, fits, *said)
-            return Pool(need, fixed, fixed)
-        bounds = said if self.grows or not need.restricted else [*said, fits]
-        most = min(bounds, default=None)
-        least = min(wants.min_workers or 1, fits, *bounds)
-        return Pool(need, max(1, least), most)
+        if group.resources.workers is not None:
+            return Pool(need, kept, kept)
+        said = self._said(group)
+        bounds = said if self.grows or not need.restricted else [*said, max(kept, fits)]
+        return Pool(need, kept, min(bounds, default=None))
 
     def _missing(self, nodes: Sequence[Node]) -> MissingResourcesError:
         """What to say when the groups do not fit: which one is the first that has no room, and what there is."""
@@ -230,6 +262,12 @@ class _Free:
         self.node = node
         self._left = {name: amount for name, amount in node.resources.items() if name != "GPU"}
         self._gpus = [1.0] * int(node.resources.get("GPU", 0.0))
+
+    def copy(self) -> _Free:
+        """Another, of which one may take without taking of this one."""
+        other = copy.copy(self)
+        other._left, other._gpus = dict(self._left), list(self._gpus)
+        return other
 
     def room(self, need: Need) -> int:
         """Workers that fit; one, of those that occupy nothing."""

@@ -136,11 +136,20 @@ class Watch:
         self._patience.found()
         if not self._misfit(pools):
             self._other_since = None
-            _bound(executor, pools)
+            _bound(executor, self._bounds(pools))
             return
         self._other_since = self._other_since or now
         if now - self._other_since >= SETTLE_S:
             raise ResizeError
+
+    def _bounds(self, pools: Sequence[Pool]) -> list[Pool]:
+        """The pools as they may become. Workers that share limits (`Resources.workers`) stay as many as each of them
+        was told when it began."""
+        groups = self._sizing.job.groups
+        return [
+            new if group.resources.workers is None else old
+            for new, old, group in zip(pools, self._pools, groups, strict=True)
+        ]
 
     def _misfit(self, pools: Sequence[Pool]) -> bool:
         """Whether workers of another size fit now, or fewer than are kept: Ray Data holds what those would occupy back
