@@ -81,6 +81,42 @@ def test_the_job_api_of_flink_spark_and_prism_gives_the_tables_of_the_local_engi
     assert found[0] == found[1]
 
 
+def stand_in(folder: Path) -> Path:
+    """A program that takes the place of Prism, and of Java with the jars of Flink's and Spark's job servers: Beam's job
+    server in Python, on the port that the runner tells it. It writes down its process id."""
+    program = folder / "job_server"
+    server = f"{sys.executable} -m apache_beam.runners.portability.local_job_service_main"
+    program.write_text(
+        f"#!/bin/sh\necho $$ >> {folder}/started\n"
+        'while [ "$1" != --job_port ] && [ "$1" != --job-port ]; do shift; done\n'
+        f'exec {server} --job_port "$2"\n'
+    )
+    program.chmod(0o755)
+    (folder / "any.jar").touch()
+    return program
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Beam leaves its server's pipe open
+@pytest.mark.parametrize("runner", ["FlinkRunner", "SparkRunner", "PrismRunner"])
+def test_runners_that_start_a_job_server_start_one_and_end_it(tmp_path: Path, runner: str):
+    """With Beam's job server in Python in the place of theirs."""
+    program = stand_in(tmp_path)
+    java = (f"--job_server_java_launcher={program}",)
+    options = {
+        "FlinkRunner": (f"--flink_job_server_jar={tmp_path}/any.jar", "--flink_master=nowhere:8081", *java),
+        "SparkRunner": (f"--spark_job_server_jar={tmp_path}/any.jar", "--spark_master_url=spark://nowhere:7077", *java),
+        "PrismRunner": (f"--prism_location={program}",),
+    }[runner]
+    run = config(tmp_path, tmp_path / "none", engine=beam(f"--runner={runner}", *options, *LOOPBACK))
+    with open_engine(run.engine, run.dataset) as engine:
+        for _ in range(2 if runner == "FlinkRunner" else 1):  # which would start another one for each pipeline
+            found = pa.concat_tables(engine.scatter(rank, tables(20))).sort_by("row")
+            assert found.equals(pa.concat_tables(in_cells(rank, tables(20))).sort_by("row"))
+    (started,) = (tmp_path / "started").read_text().split()
+    assert not Path(f"/proc/{started}").exists()
+
+
 # -- a driver that is interrupted, one that is killed --
 
 

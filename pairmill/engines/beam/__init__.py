@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pairmill.engines import import_path
-from pairmill.engines.beam.harness import mended, silent, told
+from pairmill.engines.beam.harness import job_servers, mended, silent, told
 from pairmill.engines.beam.outbox import Outbox, clear
 from pairmill.errors import ConfigError, EngineError, StoreError
 from pairmill.execute import Job, Unit
@@ -57,6 +57,7 @@ def beam_engine(config: EngineConfig, dataset: str | None) -> Iterator[BeamEngin
         _quiet(),
         import_path(),
         _options().chosen_runner(config.pipeline_options, config.workers, store.local) as runner,
+        job_servers(),
     ):
         try:
             yield BeamEngine(runner, store.url)

@@ -1,7 +1,7 @@
-"""What Beam 2.77's runner on this machine lacks, for as long as a pipeline runs; and silence.
+"""What Beam 2.77 lacks on the driver's machine, for as long as an engine or a pipeline runs; and silence.
 
 With ``--direct_running_mode=multi_processing`` it waits for ever for a worker process that died, and it opens its gRPC
-ports, which anybody may talk to, on all interfaces of the machine.
+ports, which anybody may talk to, on all interfaces of the machine. Job servers it can start in the main thread only.
 """
 
 from __future__ import annotations
@@ -39,6 +39,49 @@ def silent(*names: str) -> Iterator[None]:
     finally:
         for logger, level in levels:
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def job_servers() -> Iterator[None]:
+    """The job servers that Flink's, Spark's and Prism's runners start: one for all pipelines, which ends here.
+
+    Beam's own set a handler of Ctrl-C, which fails in any thread but the main one, and would end the server before the
+    driver can cancel its pipeline by it; Flink's runner starts another one for each pipeline.
+    """
+    from apache_beam.runners.portability import job_server, prism_runner, spark_runner
+    from apache_beam.utils.shared import Shared
+
+    names = ("FlinkJarJobServer", "SparkJarJobServer", "PrismJobServer")  # which tell all that their process prints
+    loggers = [] if log.isEnabledFor(logging.DEBUG) else [logging.getLogger(name) for name in names]
+    with contextlib.ExitStack() as running:
+
+        class Server(job_server.StopOnExitJobServer):
+            """As Beam's own, without the handler."""
+
+            _started: bool
+
+            def start(self) -> Any:
+                with self._lock:
+                    if not self._started:
+                        self._endpoint = self._job_server.start()
+                        self._started = True
+                        running.callback(self.stop)
+                return self._endpoint
+
+        servers: dict[type, Server] = {}
+        before = job_server.StopOnExitJobServer
+        job_server.StopOnExitJobServer = lambda server: servers.setdefault(type(server), Server(server))
+        for logger in loggers:
+            logger.disabled = True  # Prism's sets its level itself
+        try:
+            yield
+        finally:
+            job_server.StopOnExitJobServer = before
+            spark_runner.JOB_SERVER_CACHE.clear()
+            prism_runner.PrismRunner.shared_handle = Shared()
+            running.close()
+            for logger in loggers:
+                logger.disabled = False
 
 
 @contextlib.contextmanager
