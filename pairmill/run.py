@@ -417,7 +417,12 @@ class _Refresh:
         live = frame.table(("shard", "refresh", *step.reads), rows)
 
         def scatter(work: CellWork, parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
-            yield from engine.get(self.reporter).scatter(work, parts)
+            nonlocal begin
+            asked = time.monotonic()
+            with self.spent.on("start"):
+                started = engine.get(self.reporter)
+            begin += time.monotonic() - asked
+            yield from started.scatter(work, parts)
 
         output = step.measure(live, pa.array(todo), scatter)
         schema = table_schema(self.plan, planned.table)
@@ -429,8 +434,9 @@ class _Refresh:
         result = pa.table({f.name: columns[f.name] for f in schema}).cast(schema)
         self._write_by_shard(planned.table, schema, result, chosen.column("shard").to_numpy(), "part")
         self.computed[step.name] += output.num_rows
-        self.seconds[step.name] = time.monotonic() - begin
-        self.spent.add("stages", time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        self.seconds[step.name] = self.seconds.get(step.name, 0.0) + seconds
+        self.spent.add("stages", seconds)
         self.reporter.advance(output.num_rows, {})
         self.reporter.finish()
 

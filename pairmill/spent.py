@@ -35,6 +35,7 @@ class Spent:
 
     def __init__(self) -> None:
         self._parts: defaultdict[str, float] = defaultdict(float)
+        self._under_way: dict[str, float] = {}
 
     def add(self, part: str, seconds: float) -> None:
         """So many seconds of wall time."""
@@ -43,19 +44,21 @@ class Spent:
     @contextlib.contextmanager
     def on(self, part: str) -> Iterator[None]:
         """What is done in this context goes into a part."""
-        begin = time.monotonic()
+        self._under_way[part] = time.monotonic()
         try:
             yield
         finally:
-            self.add(part, time.monotonic() - begin)
+            self.add(part, time.monotonic() - self._under_way.pop(part))
 
     def segment(self) -> SegmentSpent:
         """A segment of map stages begins."""
         return SegmentSpent(self)
 
     def parts(self, seconds: float) -> dict[str, float]:
-        """By part, in the order of `PARTS`; with what nothing else claims as the driver's, they add up to `seconds`."""
-        said = {part: round(self._parts[part], 3) for part in PARTS}
+        """By part, in the order of `PARTS`, with those that are under way until now; with what nothing else claims as
+        the driver's, they add up to `seconds`."""
+        now = time.monotonic()
+        said = {part: round(self._parts[part] + now - self._under_way.get(part, now), 3) for part in PARTS}
         said["driver"] = round(max(0.0, seconds - sum(said.values())), 3)
         return {part: value for part, value in said.items() if value}
 
@@ -77,9 +80,10 @@ class SegmentSpent:
         self._workers["verdicts"] += max(0.0, unit.busy - sum(spent.values()))
 
     def finish(self, slots: int) -> None:
-        """The segment is over; `slots` workers could be busy at a time."""
+        """The segment is over; `slots` workers could be busy at a time, or more where these were busy for longer."""
         wall = time.monotonic() - self._begin
-        busy = {part: seconds / max(1, slots) for part, seconds in self._workers.items()}
+        most = max(1.0, slots, sum(self._workers.values()) / max(wall, 1e-9))
+        busy = {part: seconds / most for part, seconds in self._workers.items()}
         for part, seconds in busy.items():
             self._whole.add(part, seconds)
         self._whole.add("waiting", max(0.0, wall - sum(busy.values())))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pairmill import run as running
+from pairmill.engines import open_engine
 from pairmill.execute import Unit
 from pairmill.report.progress import Silent
 from pairmill.run import refresh
@@ -55,7 +60,22 @@ def test_a_unit_that_was_busier_than_the_wall_leaves_nothing_negative():
     segment = spent.segment()
     segment.add(unit(a=5.0, busy=4.0))
     segment.finish(slots=0)  # an engine that never knew
-    assert spent.parts(5.0) == {STAGES: 5.0}
+    parts = spent.parts(5.0)
+    assert sum(parts.values()) == pytest.approx(5.0, abs=0.01) and all(value > 0 for value in parts.values())
+
+
+def test_a_cluster_that_grew_beyond_its_slots_adds_up():
+    spent = Spent()
+    segment = spent.segment()
+    begin = time.monotonic()
+    time.sleep(0.1)
+    for _ in range(8):  # side by side
+        segment.add(unit(a=0.06, storing=0.02, busy=0.08))
+    segment.finish(slots=2)
+    wall = time.monotonic() - begin
+    parts = spent.parts(wall)
+    assert sum(parts.values()) == pytest.approx(wall, abs=0.01)
+    assert parts[STAGES] == pytest.approx(3 * parts["store"], abs=0.01)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -72,8 +92,26 @@ def test_the_parts_of_a_run_add_up_to_its_time(tmp_path: Path, workers: int):
     assert report.stage_seconds["words"] >= slept
     kernels = report.stage_seconds["words"] + report.stage_seconds["chars"]
     assert report.spent[STAGES] == pytest.approx(kernels / workers + report.stage_seconds["rank"], abs=0.01)
-    assert {"store", "admission", "commits", "publishing"} <= report.spent.keys()
+    for spent in (report.spent, report.snapshot.spent):
+        assert {"store", "admission", "commits", "publishing"} <= spent.keys()
     assert 0 < engine_share(report.spent) < 1
     again = refresh(run, Silent())
     assert STAGES not in again.spent and engine_share(again.spent) == 1.0
     assert sum(again.spent.values()) == pytest.approx(again.seconds, abs=0.02)
+
+
+def test_starting_an_engine_for_a_global_stage_is_no_time_of_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table = write_urls(tmp_path / "urls.parquet", texts(60))
+    refresh(config(tmp_path, table), Silent())
+
+    @contextlib.contextmanager
+    def slow_engine(*arguments: Any) -> Iterator[Any]:
+        time.sleep(0.2)
+        with open_engine(*arguments) as engine:
+            yield engine
+
+    monkeypatch.setattr(running, "open_engine", slow_engine)
+    report = refresh(config(tmp_path, table, recipe="tests.engines.beam_steps:recipe"), Silent())
+    assert set(report.computed) == {"rank_in_cells"}
+    assert report.spent["start"] >= 0.2
+    assert report.stage_seconds["rank_in_cells"] == pytest.approx(report.spent[STAGES], abs=0.002)
