@@ -17,7 +17,8 @@ import pytest
 
 from pairmill.dedup.semantic import SemanticNeighbours
 from pairmill.engines import Engine, in_cells
-from pairmill.engines.ray import RayEngine, ray_engine, scatter
+from pairmill.engines.ray import RayEngine, ray_engine, scatter, watch
+from pairmill.engines.ray.pools import Need
 from pairmill.engines.ray.scatter import STORE
 from pairmill.errors import ContractError, EngineError
 from pairmill.stage import CELL, Resources, whole_cells
@@ -164,6 +165,23 @@ def test_what_no_machine_has_is_an_error(engine: Engine):
     impatient = RayEngine(EngineConfig(kind="ray", wait_s=0), "ray")
     with pytest.raises(EngineError, match=r"needs 1 CPU \+ 1 GPU .* add such nodes"):
         list(impatient.scatter(OnGpu(), MIXED))
+
+
+def test_an_autoscaler_is_asked_for_nothing_more_when_the_work_is_given_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[list[Need]] = []
+    monkeypatch.setattr(watch, "_ask_autoscaler", lambda needs: asked.append(list(needs)))
+
+    def rows() -> Iterator[pa.Table]:
+        yield whole_cells(values(np.zeros(3)))
+        raise KeyboardInterrupt
+
+    assert engine.name.startswith("ray")
+    patient = RayEngine(EngineConfig(kind="ray", wait_s=600), "ray")
+    with pytest.raises(KeyboardInterrupt):
+        list(patient.scatter(OnGpu(), rows()))
+    assert asked == [[Need(1.0, 1.0)], []]
 
 
 def test_a_machine_that_is_lost_costs_nothing(cluster: Any, engine: Engine, tmp_path: Path):

@@ -120,7 +120,8 @@ class RayEngine:
 
     def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """See `pairmill.engines.Engine.scatter`."""
-        return cells.scatter(work, rows, Patience(self._wait_s))
+        with contextlib.closing(Patience(self._wait_s)) as patience:
+            yield from cells.scatter(work, rows, patience)
 
     def _stream(self, job: Job, texts: Sequence[str], pools: Sequence[Pool], watch: Watch) -> Iterator[Unit]:
         """Units, as JSON, through one stream of Ray Data."""
