@@ -511,6 +511,7 @@ def main(command: typer.Typer = app, name: str = "pairmill") -> NoReturn:
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer turns Ctrl-C into this
             _say("interrupted; run the same command again to go on")
+            _leave_models_behind()
         raise
     except PairmillError as error:
         _explain(error)
@@ -521,6 +522,17 @@ def main(command: typer.Typer = app, name: str = "pairmill") -> NoReturn:
     finally:
         gc.freeze()  # or Python looks through all that torch has made once more before it ends: a second for nothing
     raise SystemExit(0)
+
+
+def _leave_models_behind() -> None:
+    """End at once where a thread still loads a model: Python would wait for it, and fetching weights may take long."""
+    import threading
+
+    execute = sys.modules.get("pairmill.execute")  # not imported for this alone
+    if execute and any(thread.name.startswith(execute.WARMING) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -501,6 +501,9 @@ class Care:
             start = end
 
 
+WARMING = "pairmill-warm"
+"""How the names of threads begin that load models ahead."""
+
 _opening = threading.Lock()
 """transformers loads under settings of the whole process: of two models that load at a time, one lost tied weights."""
 
@@ -537,7 +540,7 @@ class Worker:
         goes wrong is told when the stage is used."""
         cold = [s for s in self._group.steps if s.index in wanted and s.index not in {*self._kernels, *self._warming}]
         if cold:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="pairmill-warm")
+            pool = ThreadPoolExecutor(1, thread_name_prefix=WARMING)
             self._warming |= {s.index: pool.submit(_open, s.step) for s in cold if isinstance(s.step, Stage)}
             pool.shutdown(wait=False)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ from pairmill.plan import Recipe
 from pairmill.stage import Batch, Kernel, Resources
 from pairmill.storage import AccessDenied
 from schemas.config import RunConfig
-from tests.steps import CountWords
+from tests.steps import CountChars, CountWords
 
 
 class OddError(Exception):
@@ -98,3 +100,21 @@ class OnDevice(CountWords):
 def recipe_on_a_device(config: RunConfig) -> Recipe:
     """words, by a stage that fills its device."""
     return Recipe("device", (OnDevice(device=config.options["device"]),))
+
+
+@dataclass(frozen=True)
+class Loads(CountChars):
+    """Loads until a file is there; says so by another."""
+
+    until: str = field(default="", compare=False, metadata={"identity": False})
+
+    def open(self) -> Kernel:
+        Path(f"{self.until}-awaited").touch()
+        while not os.path.exists(self.until):
+            time.sleep(0.02)
+        return super().open()
+
+
+def recipe_that_loads(config: RunConfig) -> Recipe:
+    """words, while a model loads for chars."""
+    return Recipe("loads", (CountWords(config.options["pause_s"]), Loads(until=config.options["until"])))
