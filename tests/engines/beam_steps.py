@@ -16,6 +16,7 @@ from pairmill.stage import Batch, GlobalStage, Kernel, Scatter
 from schemas import fields
 from schemas.config import RunConfig
 from tests import steps
+from tests.engines.failing_steps import OnDevice
 
 PART = 17
 """Rows a table that is scattered: each cell lies in several."""
@@ -71,6 +72,18 @@ class Alone(steps.CountChars):
             return output
 
         return alone
+
+
+@dataclass(frozen=True)
+class OpenedOnDevice(OnDevice):
+    """As `OnDevice`; writes down that it was opened."""
+
+    openings: str = field(default="", compare=False, metadata={"identity": False})
+
+    def open(self) -> Kernel:
+        with open(self.openings, "a", encoding="utf-8") as file:
+            file.write("opened\n")
+        return super().open()
 
 
 def recipe(config: RunConfig) -> Recipe:

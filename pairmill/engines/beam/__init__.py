@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pairmill.engines import import_path
 from pairmill.engines.beam.harness import job_servers, mended, silent, told
-from pairmill.engines.beam.outbox import Outbox, clear
+from pairmill.engines.beam.outbox import ERROR, Outbox, clear, raise_error
 from pairmill.errors import ConfigError, EngineError, StoreError
 from pairmill.execute import Job, Unit
 from pairmill.stage import CellWork
@@ -129,7 +129,7 @@ class BeamEngine:
                 for data in self._results(outbox, wanted, pipeline):
                     yield Unit.loads(data.decode())
             finally:
-                dismiss(job.dataset)
+                dismiss(outbox)
 
     def scatter(self, work: CellWork, rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """See `pairmill.engines.Engine.scatter`. The rows lie in the outbox; what is grouped by cell is where they
@@ -162,12 +162,15 @@ class BeamEngine:
 
         Raises:
             EngineError: the runner gave up, or workers die again and again.
+            Exception: what a worker met in the place of a result, see `pairmill.engines.beam.outbox.raise_error`.
         """
         left = set(wanted)
         deaths = 0
         while left:
             try:
                 for name, data in self._once(outbox, make(frozenset(left))):
+                    if (failed := name.removesuffix(ERROR)) != name and failed in left:
+                        raise_error(data)
                     if name in left:
                         left.remove(name)
                         deaths = 0
@@ -202,7 +205,7 @@ class BeamEngine:
                 if not run.over:
                     outbox.shut()
                     run.stop()
-                run.close()
+                run.close(outbox)
             self.result = run.result
             if run.error is not None and lost.is_set():
                 raise _WorkerLost from run.error
@@ -249,10 +252,15 @@ class _Run:
                 self.result.cancel()
         self.wait(STOP_S)
 
-    def close(self) -> None:
-        """Close the connection that Dask's result holds."""
+    def close(self, outbox: Outbox) -> None:
+        """Close the connection that Dask's result holds. Its workers may live on, but not what the pipeline loaded."""
+        from pairmill.engines.beam.transforms import dismiss
+
         client = getattr(self.result, "client", None)
         if client is not None:
+            if self.over:
+                with contextlib.suppress(Exception):  # else when the next pipeline comes to them
+                    client.run(dismiss, outbox, on_error="ignore")
             client.close()
 
     def check(self, name: str) -> None:

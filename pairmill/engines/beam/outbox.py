@@ -8,15 +8,20 @@ stream on every runner, and a bundle that a runner does twice writes the same fi
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
+import json
 import os
 import posixpath
+import traceback
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import RemoteTraceback  # type: ignore[attr-defined]
+from typing import NoReturn
 
-from pairmill import storage
+from pairmill import errors, storage
 from pairmill.store import Dataset
 
 FOLDER = "_beam"
@@ -24,6 +29,9 @@ FOLDER = "_beam"
 
 Place = tuple[str, int, int]
 """Where something lies in an outbox: the file, its first byte, and the one after its last."""
+
+ERROR = ".error"
+"""Behind the name of a result: what was met in its place, see `raise_error`."""
 
 _OPEN = "open"
 _OUT = "out"
@@ -84,8 +92,16 @@ class Outbox:
         """Write a result; once more is the same."""
         self._write(self._path(_OUT, name), data)
 
+    def put_error(self, name: str, error: Exception) -> None:
+        """Write what was met in the place of a result. A runner that was told would try again and again, and tell the
+        driver in words of its own, or not at all."""
+        kind = next((k for k in type(error).__mro__ if getattr(errors, k.__name__, None) is k), type(error))
+        told = [kind.__module__, kind.__qualname__, str(error), "".join(traceback.format_exception(error))]
+        self._write(self._path(_OUT, name + ERROR), json.dumps(told).encode())
+
     def take(self) -> Iterator[tuple[str, bytes]]:
-        """The results that are there, each removed when it was read."""
+        """The results that are there, each removed when it was read; and, with `ERROR` behind the names, what was met
+        in the place of results."""
         fs, folder = self._store.fs, self._path(_OUT)
         with storage.explained(f"cannot read {folder}"):
             try:
@@ -118,6 +134,19 @@ class Outbox:
             with open(temporary, "wb") as file:
                 file.write(data)
             os.replace(temporary, path)
+
+
+def raise_error(data: bytes) -> NoReturn:
+    """Raise what `Outbox.put_error` wrote: an error of pairmill's or of Python's own as it was, any other as a
+    RuntimeError with its name; its cause has the traceback."""
+    module, name, message, trace = json.loads(data)
+    if module == errors.__name__:
+        raise getattr(errors, name)(message)
+    error: Exception = RuntimeError(f"{name}: {message}")
+    if module == builtins.__name__:
+        with contextlib.suppress(TypeError):  # one that is made of more than a message
+            error = getattr(builtins, name)(message)
+    raise error from RemoteTraceback(f"\n{trace}")
 
 
 def clear(dataset: str) -> None:

@@ -70,20 +70,28 @@ class RunGroup(beam.DoFn):
     def setup(self) -> None:
         """Begin to load what the group needs, unless another DoFn of this process has done so."""
         _prepare(self._processes)
-        _crew(self._job, self._group, self._wanted)
+        if self._outbox.is_open():
+            self._crew()
 
     def process(self, text: str) -> Iterator[str]:
         """Run the group over one unit."""
         if not self._outbox.is_open():
             return
         unit = Unit.loads(text)
-        with _crew(self._job, self._group, self._wanted).worker() as worker:
-            done = run_unit(worker, unit)
+        try:
+            with self._crew().worker() as worker:
+                done = run_unit(worker, unit)
+        except Exception as error:  # noqa: BLE001 (the driver raises it)
+            self._outbox.put_error(unit_result(unit), error)
+            return
         _count(unit, done)
         if self._last or done.failure is not None:
             self._outbox.put(unit_result(done), done.dumps().encode())
         else:
             yield done.dumps()
+
+    def _crew(self) -> _Crew:
+        return _crew(self._outbox, self._job, self._group, self._wanted)
 
 
 class _Crew:
@@ -91,14 +99,14 @@ class _Crew:
     loaded once a process. Other groups get a worker a thread."""
 
     def __init__(self, job: Job, group: int, wanted: Sequence[int]) -> None:
-        self.job = job
+        self._job = job
         self._group = group
         self._wanted = wanted
         self._turn = threading.Lock() if job.groups[group].resources.actor else contextlib.nullcontext()
         self._idle = [self._new()]
 
     def _new(self) -> Worker:
-        worker = Worker(self.job, self._group)
+        worker = Worker(self._job, self._group)
         worker.warm(self._wanted)
         return worker
 
@@ -115,27 +123,44 @@ class _Crew:
             finally:
                 self._idle.append(worker)
 
+    def leave(self) -> None:
+        """Let go of the models of workers that nobody uses."""
+        while self._idle:
+            self._idle.pop().release()
 
-_crews: dict[str, dict[int, _Crew]] = {}
-"""In a worker process: by dataset and group, the crews of the latest job. They outlive the DoFns, which runners make
-and throw away as they like."""
+
+_crews: dict[Outbox, dict[int, _Crew]] = {}
+"""In a worker process: by pipeline and group, the crews. They outlive the DoFns, which runners make and throw away as
+they like, and end with the pipeline: what they have read of the dataset would not be true of the next."""
 _hiring = threading.Lock()
 
 
-def _crew(job: Job, group: int, wanted: Sequence[int]) -> _Crew:
+def _crew(outbox: Outbox, job: Job, group: int, wanted: Sequence[int]) -> _Crew:
     with _hiring:
-        crews = _crews.setdefault(job.dataset, {})
-        if any(crew.job != job for crew in crews.values()):
-            crews.clear()
+        if outbox not in _crews:
+            for other in [other for other in _crews if not _waited_for(other)]:
+                _dismiss(other)
+        crews = _crews.setdefault(outbox, {})
         if group not in crews:
             crews[group] = _Crew(job, group, wanted)
         return crews[group]
 
 
-def dismiss(dataset: str) -> None:
-    """Let go of models that a runner in this process has loaded."""
+def _waited_for(outbox: Outbox) -> bool:
+    with contextlib.suppress(Exception):  # another run's dataset, and no affair of this one
+        return outbox.is_open()
+    return False
+
+
+def dismiss(outbox: Outbox) -> None:
+    """Let go of what a pipeline has loaded in this process."""
     with _hiring:
-        _crews.pop(dataset, None)
+        _dismiss(outbox)
+
+
+def _dismiss(outbox: Outbox) -> None:
+    for crew in _crews.pop(outbox, {}).values():
+        crew.leave()
 
 
 def _prepare(processes: int) -> None:
@@ -219,8 +244,13 @@ class WorkOnCell(beam.DoFn):
         """Work on one cell."""
         cell, places = grouped
         if self._outbox.is_open():
-            parts = [_read_table(self._outbox.read_part(place)) for place in sorted(places)]
-            self._outbox.put(cell_result(cell), _table_bytes(self._work(pa.concat_tables(parts))))
+            try:
+                parts = [_read_table(self._outbox.read_part(place)) for place in sorted(places)]
+                answer = _table_bytes(self._work(pa.concat_tables(parts)))
+            except Exception as error:  # noqa: BLE001 (the driver raises it)
+                self._outbox.put_error(cell_result(cell), error)
+            else:
+                self._outbox.put(cell_result(cell), answer)
 
 
 def read_answer(data: bytes) -> pa.Table:
