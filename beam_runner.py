@@ -11,6 +11,7 @@ import typer
 
 from pairmill.cli import main, prepare, run
 from pairmill.commands.common import AsJson, Config, Debug, Overrides, RetryDeferred, Wait
+from pairmill.errors import ConfigError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -47,18 +48,21 @@ def beam(
       python beam_runner.py config.yaml --runner=DataflowRunner --project=PROJECT --region=REGION
           --temp_location=gs://BUCKET/tmp --sdk_container_image=IMAGE --max_num_workers=20
 
-    Pipeline options are written --name=value; docs/beam.md has them by runner.
+    Pipeline options are written --name=value, behind the config, and count before those
+    that it holds in engine.pipeline_options; docs/beam.md has them by runner.
 
     Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong;
     130 interrupted, run it again to go on.
     """
     from pairmill.engines.beam import check_options
+    from pairmill.run import load_config
 
     prepare(debug)
-    check_options(context.args)
-    chosen = ["engine.kind=beam"]
-    if context.args:  # else what the config has
-        chosen.append(f"engine.pipeline_options={json.dumps(context.args)}")
+    if config.startswith("-"):
+        raise ConfigError(f"{config} stands where the config is expected: CONFIG.yaml comes first")
+    options = [*load_config(config, overrides or []).engine.pipeline_options, *context.args]
+    check_options(options)
+    chosen = ["engine.kind=beam", f"engine.pipeline_options={json.dumps(options)}"]
     run(config, [*(overrides or []), *chosen], retry_deferred, wait=wait, as_json=as_json)
 
 

@@ -65,6 +65,8 @@ def test_the_documented_command_lines_are_of_all_runners():
             ["--runner=DataflowRunner", "--project=p"],
             "Missing GCS path option: temp_location.*Missing required option: reg",
         ),
+        (["--direct_num_workers=-1"], "--direct_num_workers=-1: give 1 or more, or 0"),
+        (["--s3_secret_access_key=hush"], "^--s3_secret_access_key: pipeline options become part of each snapshot"),
         (["--direct_running_mode=fast"], "argument --direct_running_mode: invalid choice: 'fast'"),
     ],
 )
@@ -76,6 +78,15 @@ def test_wrong_options_are_named(flags: list[str], said: str):
 def test_a_runner_that_is_not_there_is_an_error_that_says_so():
     with pytest.raises(EngineError, match=r"runner Nothing cannot be loaded: .*no_such_module"):
         check_options(["--runner=no_such_module.Nothing"])
+
+
+def test_a_dask_scheduler_that_does_not_answer_is_no_defect():
+    flags = ["--runner=DaskRunner", "--dask_client_address=tcp://127.0.0.1:1", "--dask_connection_timeout=1"]
+    with (
+        pytest.raises(EngineError, match=r"the Dask scheduler tcp://127.0.0.1:1 cannot be reached: .* is it up"),
+        chosen_runner(flags, None, True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -141,6 +152,7 @@ def test_the_command_ends_as_pairmill_run_does(tmp_path: Path):
     write_urls(tmp_path / "urls.parquet", texts(30))
     source = {"kind": "url_table", "path": str(tmp_path / "urls.parquet")}
     data = {"dataset": str(tmp_path / "dataset"), "recipe": "tests.steps:recipe", "source": source}
+    data |= {"engine": {"pipeline_options": ["--runner=FnApiRunner"]}}
     (tmp_path / "config.yaml").write_text(json.dumps(data))
     path = str(tmp_path / "config.yaml")
 
@@ -149,17 +161,24 @@ def test_the_command_ends_as_pairmill_run_does(tmp_path: Path):
     assert wrong.stderr.startswith("error: Beam knows no pipeline option --direct_workers=2")
     assert not (tmp_path / "dataset").exists(), "nothing was done"
 
+    turned = command("--runner=DirectRunner", path)
+    assert turned.returncode == 2
+    assert (
+        turned.stderr == "error: --runner=DirectRunner stands where the config is expected: CONFIG.yaml comes first\n"
+    )
+
     failed = command(
-        path, "--runner=DirectRunner", "--set", 'options={"log": "/no/such/folder/log"}', "--set", "errors.min_rows=0"
+        path, "--direct_num_workers=2", "--set", 'options={"log": "/no/such/folder/log"}', "--set", "errors.min_rows=0"
     )
     assert failed.returncode == 1 and "error: stage 'words': " in failed.stderr
+    assert "engine: beam (FnApiRunner)" in failed.stderr.splitlines(), "one option more, and the config's hold"
 
     done = command(path, "--runner=DirectRunner", "--set", "options.words=4", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["published"] and report["computed"]["words"] == 30
     engine = yaml.safe_load(report["snapshot"]["config"])["engine"]
-    assert engine["kind"] == "beam" and engine["pipeline_options"] == ["--runner=DirectRunner"]
+    assert engine["kind"] == "beam" and engine["pipeline_options"] == ["--runner=FnApiRunner", "--runner=DirectRunner"]
     assert "engine: beam (DirectRunner)" in done.stderr.splitlines()
 
 

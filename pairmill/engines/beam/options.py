@@ -36,6 +36,9 @@ RUNNERS = {
 
 _LOCAL = ("DirectRunner", "FnApiRunner")
 
+_SECRETS = ("s3_access_key_id", "s3_secret_access_key", "s3_session_token", "azure_connection_string")
+"""Options that hold credentials. All options are in the config, so every reader of a snapshot sees them."""
+
 
 class PairmillOptions(beam.PipelineOptions):
     """What pairmill itself asks of those who choose a runner."""
@@ -74,8 +77,17 @@ def checked(flags: Sequence[str]) -> tuple[str, list[str]]:
         EngineError: what the runner needs is not installed.
     """
     name, path = _named(flags)
+    given = parse(flags)
+    for secret in _SECRETS:
+        if getattr(given, secret):
+            raise ConfigError(
+                f"--{secret}: pipeline options become part of each snapshot, which others may read; credentials come "
+                "from the environment"
+            )
+    if given.direct_num_workers < 0:
+        raise ConfigError(f"--direct_num_workers={given.direct_num_workers}: give 1 or more, or 0 for all CPUs")
     flags = [*flags, f"--runner={path}"]
-    if name in ("DirectRunner", "SwitchingDirectRunner") and not parse(flags).prism_location:
+    if name in ("DirectRunner", "SwitchingDirectRunner") and not given.prism_location:
         # Beam 2.77 would look for Prism first, and fetch it from the web. Of our pipelines none has a trigger.
         flags += ["--allow_unsafe_triggers"]
     with _explained(name):
@@ -174,16 +186,28 @@ def _size(name: str, options: beam.PipelineOptions) -> tuple[int, int]:
         workers = every["direct_num_workers"] or os.cpu_count() or 1
         return workers, workers if every["direct_running_mode"] == "multi_processing" else 1
     if name == "DaskRunner":
-        from dask.distributed import Client
-
-        with Client(every["address"], scheduler_file=every["scheduler_file"]) as client:
-            threads = client.nthreads()
+        threads = _dask_threads(every)
         return sum(threads.values()) or 1, len(threads) or 1
     workers = {
         "FlinkRunner": every["parallelism"],
         "DataflowRunner": every["max_num_workers"] or every["num_workers"],
     }.get(name)
     return max(1, workers or 1), max(1, workers or 1)
+
+
+def _dask_threads(every: dict[str, Any]) -> dict[str, int]:
+    """Threads of each process of a Dask cluster."""
+    from dask.distributed import Client
+
+    patience = {"timeout": every["timeout"]} if every["timeout"] else {}
+    try:
+        with Client(every["address"], scheduler_file=every["scheduler_file"], **patience) as client:
+            return dict(client.nthreads())
+    except (OSError, ValueError) as error:
+        place = every["address"] or every["scheduler_file"]
+        raise EngineError(
+            f"the Dask scheduler {place} cannot be reached: {error}; is it up, and the address right?"
+        ) from error
 
 
 @contextlib.contextmanager
