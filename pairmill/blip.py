@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pairmill.blip_attention import attend_by_fused_kernels
+from pairmill.blip_attention import attend_by_parts
 from pairmill.blip_pixels import BlipPixels
 from pairmill.blip_text import TextTower
 from pairmill.errors import ConfigError
@@ -159,7 +159,7 @@ def _load(ref: ModelRef, key: str, classes: dict[str, str], device: str, precisi
     text = None
     if kind == "blip":
         text = TextTower(model.text_decoder.bert if key == "models.captioner" else model.text_encoder)
-        attend_by_fused_kernels(model.vision_model)
+        attend_by_parts(model.vision_model)
     if place == "cpu":
         from pairmill import onednn
 

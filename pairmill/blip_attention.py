@@ -9,22 +9,26 @@ if TYPE_CHECKING:
     import torch
 
 
-def attend_by_fused_kernels(vision: Any) -> None:
-    """Let the layers of transformers' `BlipVisionModel` attend by torch's fused kernels, where they are faster.
+def attend_by_parts(vision: Any) -> None:
+    """Let the layers of transformers' `BlipVisionModel` attend by torch's fused kernels, or head by head where that is
+    faster: on CPUs with oneDNN (`pairmill.onednn.attended`), and in bf16 on any without tiles (AMX).
 
-    In bf16 on a CPU they are only where it has tiles (AMX): for 577 tokens and 12 heads the fused kernel of torch's CPU
-    build took 14.5 ms a layer on an EPYC with AVX-512, and the plain products 7.0; in fp32 12.0 and 16.0.
+    577 tokens and 12 heads take a layer, CPU ms on an EPYC with AVX-512: bf16 13.5 by the fused kernel, 5.5 head by
+    head; fp32 12.6 and 7.3. With tiles the fused kernel uses them.
     """
     import torch
 
+    from pairmill import onednn
+
     weight = vision.post_layernorm.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-        return
+    bf16 = weight.dtype == torch.bfloat16
+    fused = torch.cpu._is_amx_tile_supported() if bf16 else not onednn.usable()
+    attend = _attend_by_fused_kernel if weight.device.type != "cpu" or fused else _attend_by_head
     for layer in vision.encoder.layers:
-        layer.self_attn.forward = MethodType(_attend, layer.self_attn)
+        layer.self_attn.forward = MethodType(attend, layer.self_attn)
 
 
-def _attend(attention: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+def _attend_by_fused_kernel(attention: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
     """In place of `BlipAttention.forward`: what it computes, of shape (images, tokens, width), and no weights."""
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -32,4 +36,16 @@ def _attend(attention: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[torc
     split = attention.qkv(hidden_states).view(images, tokens, 3, attention.num_heads, -1)
     query, key, value = split.permute(2, 0, 3, 1, 4)
     mixed = scaled_dot_product_attention(query, key, value, scale=attention.scale)
+    return attention.projection(mixed.transpose(1, 2).reshape(images, tokens, width)), None
+
+
+def _attend_by_head(attention: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+    """As `_attend_by_fused_kernel`."""
+    from pairmill.onednn import attended
+
+    images, tokens, width = hidden_states.shape
+    heads = attention.num_heads
+    split = attention.qkv(hidden_states).view(images, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    query, key, value = split.reshape(3, images * heads, tokens, -1)
+    mixed = attended(query * attention.scale, key, value).view(images, heads, tokens, -1)
     return attention.projection(mixed.transpose(1, 2).reshape(images, tokens, width)), None

@@ -8,11 +8,12 @@ import torch
 
 from pairmill import onednn
 from pairmill.blip import Checkpoint, load_captioner
-from pairmill.blip_attention import attend_by_fused_kernels
+from pairmill.blip_attention import attend_by_parts
 from pairmill.blip_text import SeenImages, TextTower
 from pairmill.models import ModelRef
 from tests.blip_models import library, write_blip
 
+PACKING = onednn.usable()
 SIZES = {"hidden_size": 96, "intermediate_size": 200, "num_attention_heads": 6}
 
 
@@ -87,18 +88,23 @@ def test_a_text_has_the_same_bits_in_any_place_and_company(blip: Checkpoint) -> 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_attention_is_the_plain_one(folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+@pytest.mark.parametrize("way", ["by tiles", "by oneDNN", "by neither"])
+@pytest.mark.parametrize("logits", [10, 1000, 2**19], ids=["one head", "some heads", "all heads"])
+def test_attention_is_the_plain_one(
+    folder: Path, dtype: torch.dtype, way: str, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts of any size, and the same for an image alone."""
+    if way == "by oneDNN" and not PACKING:
+        pytest.skip("needs an x86 CPU")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: way == "by tiles")
+    monkeypatch.setattr(onednn, "usable", lambda: way == "by oneDNN")
+    monkeypatch.setattr(onednn, "LOGITS", logits)
     models = [library().BlipForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval() for _ in range(2)]
-    attend_by_fused_kernels(models[1].vision_model)
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
+    attend_by_parts(models[1].vision_model)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4)).to(dtype)
     expected, found = (model.vision_model(pixel_values=pixels).last_hidden_state.float() for model in models)
     assert (found - expected).abs().max() < (1e-5 if dtype is torch.float32 else 0.1) * expected.abs().max()
-    assert "forward" in vars(models[1].vision_model.encoder.layers[0].self_attn)
-
-
-def test_bf16_without_tiles_keeps_the_plain_products(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    model = library().BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
-    attend_by_fused_kernels(model.vision_model)
-    assert "forward" not in vars(model.vision_model.encoder.layers[0].self_attn)
+    if dtype is torch.bfloat16 and way != "by tiles":
+        assert torch.equal(found, expected), "the products and their order are those of transformers"
+    other = models[1].vision_model(pixel_values=pixels[[2, 1, 0]]).last_hidden_state.float()
+    assert torch.equal(other, found[[2, 1, 0]])
