@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,28 @@ def test_there_and_back(dataset: str):
     assert store.fs.find(store.path(FOLDER)) == []
     with pytest.raises(StoreError, match=r"cannot read .*/units"):
         worker.read_part(places[0])
+
+
+def test_what_workers_still_write_into_goes(tmp_path: Path):
+    """Those of a pipeline whose driver was killed."""
+    for number in range(30):
+        boxes = [Outbox.make(str(tmp_path / str(number))) for _ in range(2)]
+        writing = [threading.Event() for _ in boxes]
+
+        def write(box: Outbox, begun: threading.Event) -> None:
+            with contextlib.suppress(StoreError):
+                for i in range(10_000):
+                    box.put(f"{i % 20}.json", b"a result that nobody takes")
+                    begun.set()
+
+        threads = [threading.Thread(target=write, args=pair) for pair in zip(boxes, writing, strict=True)]
+        for thread, begun in zip(threads, writing, strict=True):
+            thread.start()
+            begun.wait()
+        clear(str(tmp_path / str(number)))
+        for thread in threads:
+            thread.join()
+        assert not (tmp_path / str(number) / FOLDER).exists()
 
 
 def test_the_next_run_shuts_what_a_killed_one_left_open(dataset: str):

@@ -150,13 +150,23 @@ def raise_error(data: bytes) -> NoReturn:
 
 
 def clear(dataset: str) -> None:
-    """Remove what pipelines of runs that were killed left in a dataset."""
+    """Remove what pipelines of runs that were killed left in a dataset, though their workers may still write there."""
     store = _opened(dataset)
-    _remove(store, store.path(FOLDER))
+    folder = store.path(FOLDER)
+    with storage.explained(f"cannot remove {folder}"), contextlib.suppress(FileNotFoundError):
+        for path in store.fs.ls(folder, detail=False):
+            _remove(store, str(path).rstrip("/"))
+        store.fs.rm(folder, recursive=True)
 
 
 def _remove(store: Dataset, path: str) -> None:
     with storage.explained(f"cannot remove {path}"), contextlib.suppress(FileNotFoundError):
+        if store.local:  # under another name nobody puts anything into it while it goes
+            path, was = f"{path}.gone", path
+            os.rename(was, path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                store.fs.rm_file(posixpath.join(path, _OPEN))  # first of all
         store.fs.rm(path, recursive=True)
 
 
