@@ -21,6 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from pairmill.errors import EngineError
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,6 +67,7 @@ class Passes:
     def __init__(self, device: str) -> None:
         self.device = device
         self._divisor = 1
+        self._copying: Any = None
 
     def run(
         self,
@@ -89,6 +92,7 @@ class Passes:
 
         Raises:
             torch.OutOfMemoryError: memory does not hold a pass of one row.
+            EngineError: the GPU failed. That is no row's fault, and this process cannot use it any more.
         """
         import torch
 
@@ -105,6 +109,11 @@ class Passes:
                 if size == 1:
                     raise
                 self._divisor *= 2
+            except torch.AcceleratorError as error:
+                raise EngineError(
+                    f"the device {self.device} failed ({error}) and cannot be used any more by this process. Nothing "
+                    "that was finished is lost: look at the machine (nvidia-smi, and dmesg for Xid), then run again"
+                ) from error
             else:
                 break
             if self.device != "cpu":
@@ -126,7 +135,9 @@ class Passes:
     def _on_gpu(self, work: _Work, keep: bool) -> Iterator[Any]:
         import torch
 
-        copying, computing = torch.cuda.Stream(), torch.cuda.current_stream()
+        # one for good: the allocator keeps blocks of each stream that it has seen
+        copying = self._copying = self._copying or torch.cuda.Stream()
+        computing = torch.cuda.current_stream()
         ahead: deque[list[Future[Any]]] = deque()
         with _one_thread_each(min(FEEDERS, len(os.sched_getaffinity(0)))) as pool:
             try:
@@ -193,8 +204,8 @@ def rows_a_pass(
     """Rows of a forward pass: on a CPU `on_cpu`, on a GPU as many as it holds, and never more than `batch` says.
 
     On a GPU the memory of two small passes is measured and extrapolated, `AUTO_SHARE` of the worker's part of the
-    device is filled, and the result is a power of two. It is the same on equal hardware: neither what others have taken
-    of the device at the moment nor the number of workers counts.
+    device is filled, and the result is a power of two; one where memory does not hold those. It is the same on equal
+    hardware: neither what others have taken of the device at the moment nor the number of workers counts.
 
     Args:
         batch: ``models.batch`` of a config: rows on a GPU, and at most on a CPU; or auto.
@@ -210,7 +221,10 @@ def rows_a_pass(
         return batch
     import torch
 
-    few, more = (_peak_bytes(run, rows) for rows in AUTO_PROBES)
+    try:
+        few, more = (_peak_bytes(run, rows) for rows in AUTO_PROBES)
+    except torch.OutOfMemoryError:
+        return 1
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return rows_within(total * min(1.0, share) * AUTO_SHARE, (few, more), most)
 
@@ -234,13 +248,43 @@ def rows_within(budget: float, peaks: tuple[float, float], most: int) -> int:
     return 1 << (limit.bit_length() - 1) if limit > 1 else 1
 
 
+class _FullFp32:
+    """cuDNN's flags are those of the process: set by whoever runs passes first, and restored by the last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = contextlib.ExitStack()
+
+    def take(self) -> None:
+        """Switch TF32 off."""
+        import torch
+
+        with self._lock:
+            if self._users == 0:
+                self._before.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+            self._users += 1
+
+    def give_back(self) -> None:
+        """Restore what was set when nobody is left."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._before.close()
+
+
+_full_fp32 = _FullFp32()
+
+
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """fp32 means fp32: cuDNN would otherwise run convolutions (the patch embedding) in TF32."""
-    import torch
-
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """fp32 means fp32: cuDNN would otherwise run convolutions (the patch embedding) in TF32. Several threads may be in
+    it at a time."""
+    _full_fp32.take()
+    try:
         yield
+    finally:
+        _full_fp32.give_back()
 
 
 def _peak_bytes(run: Callable[[int], object], rows: int) -> int:
@@ -264,12 +308,14 @@ class _Threads:
         self._before = 0
 
     def take(self) -> int:
-        """The number before it was taken down."""
+        """The number before it was taken down: that of a new thread, since the caller may be one that began while it
+        was down, and keeps that."""
         import torch
 
         with self._lock:
             if self._users == 0:
-                self._before = torch.get_num_threads()
+                with ThreadPoolExecutor(1) as new:
+                    self._before = new.submit(torch.get_num_threads).result()
             self._users += 1
             return self._before
 

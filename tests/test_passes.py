@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from filters.clip_score import ClipScore
+from pairmill.errors import EngineError
 from pairmill.models import ModelRef
-from pairmill.passes import Passes, in_passes, padded, rows_a_pass, rows_within
+from pairmill.passes import Passes, full_fp32, in_passes, padded, rows_a_pass, rows_within
 from pairmill.stage import Batch, ErrorBudget, apply
 from schemas.reasons import Reason
 from tests.filters.random_clip import write_random_clip
@@ -122,6 +123,76 @@ def test_threads_of_torch_are_as_before_even_after_errors_and_with_several_calle
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_thread_that_begins_in_the_middle_of_a_pass_has_as_many_threads_as_any():
+    """torch gives a new thread the number that is set at the moment, for good."""
+    threads = torch.get_num_threads()
+    running, begun, released = threading.Event(), threading.Event(), threading.Event()
+    both = threading.Barrier(2)
+
+    def forward(items: list[int]) -> list[int]:
+        running.set()
+        released.wait(20)
+        return items
+
+    def later() -> list[list[int]]:
+        torch.get_num_threads()
+        begun.set()
+        released.wait(20)
+        first.result(20)
+
+        def side_by_side(items: list[int]) -> list[int]:
+            both.wait(20)
+            return items
+
+        return Passes("cpu").run([0, 1], 1, side_by_side)
+
+    try:
+        torch.set_num_threads(2)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(Passes("cpu").run, [0], 1, forward)
+            assert running.wait(20)
+            second = pool.submit(later)
+            assert begun.wait(20)
+            released.set()
+            assert second.result(40) == [[0], [1]]
+            assert pool.submit(torch.get_num_threads).result(20) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_tf32_stays_off_as_long_as_somebody_computes():
+    inside, left = threading.Event(), threading.Event()
+
+    def longer() -> bool:
+        with full_fp32():
+            inside.set()
+            left.wait(20)
+            return bool(torch.backends.cudnn.allow_tf32)
+
+    with ThreadPoolExecutor(1) as pool:
+        with full_fp32():
+            found = pool.submit(longer)
+            assert inside.wait(20)
+        left.set()
+        assert found.result(20) is False
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_device_that_failed_is_no_rows_fault():
+    def forward(items: list[int]) -> list[int]:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    with pytest.raises(EngineError, match="uncorrectable ECC"):
+        Passes("cpu").run([0, 1, 2], 2, forward)
+
+
+def test_a_device_too_small_to_be_measured_has_passes_of_one_row():
+    def run(rows: int) -> None:
+        raise torch.OutOfMemoryError("no memory for two rows")
+
+    assert rows_a_pass("auto", "cuda", 5, run) == 1
 
 
 def test_padding_copies_the_first_row():
