@@ -139,9 +139,10 @@ def test_what_the_code_of_a_stage_raises_is_raised_as_on_the_local_engine(tmp_pa
 # -- a driver that is interrupted, one that is killed --
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
+def started(folder: Path, *options: str) -> subprocess.Popen[str]:
     """A run of the command that has finished some shards and works on another."""
-    command = [sys.executable, "beam_runner.py", str(folder / "config.json"), "--runner=DirectRunner", "--json"]
+    options = options or ("--runner=DirectRunner",)
+    command = [sys.executable, "beam_runner.py", str(folder / "config.json"), *options, "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([*command, "--set", "options.pause_s=0.5"], cwd=ROOT, text=True, **pipes)
     before = files(folder)
@@ -181,6 +182,22 @@ def test_a_driver_that_was_interrupted_and_one_that_was_killed_are_gone_on_with(
     )
     assert report.computed["words"] < 100, "what was finished is not done again"
     assert table_digests(run) == table_digests(calm)
+    assert not (tmp_path / "dataset" / FOLDER).exists()
+
+
+def test_sigterm_ends_a_run_and_the_job_server_that_it_started_in_silence(tmp_path: Path):
+    table = write_urls(tmp_path / "urls.parquet", texts(100))
+    run = config(tmp_path, table, recipe=RECIPE, shard_size=20)
+    (tmp_path / "config.json").write_text(run.model_dump_json(by_alias=True))
+    program = stand_in(tmp_path)
+    server = (f"--flink_job_server_jar={tmp_path}/any.jar", f"--job_server_java_launcher={program}")
+    with started(tmp_path, "--runner=FlinkRunner", "--flink_master=nowhere:8081", *server, *LOOPBACK) as process:
+        process.terminate()
+        said = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert said.splitlines()[-1] == "interrupted; run the same command again to go on"
+    (pid,) = (tmp_path / "started").read_text().split()
+    assert not Path(f"/proc/{pid}").exists()
     assert not (tmp_path / "dataset" / FOLDER).exists()
 
 

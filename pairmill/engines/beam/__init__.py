@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pairmill.engines import import_path
-from pairmill.engines.beam.harness import job_servers, mended, silent, told
+from pairmill.engines.beam.harness import job_servers, mended, silent, silent_threads, told
 from pairmill.engines.beam.outbox import ERROR, Outbox, clear, raise_error
 from pairmill.errors import ConfigError, EngineError, StoreError
 from pairmill.execute import Job, Unit
@@ -57,6 +57,7 @@ def beam_engine(config: EngineConfig, dataset: str | None) -> Iterator[BeamEngin
         _quiet(),
         import_path(),
         _options().chosen_runner(config.pipeline_options, config.workers, store.local) as runner,
+        silent_threads(),
         job_servers(),
     ):
         try:
@@ -179,8 +180,9 @@ class BeamEngine:
                 deaths += 1
                 if deaths > WORKER_RETRIES:
                     raise EngineError(
-                        "Beam's worker processes die again and again (out of memory, or killed); what was committed is "
-                        "kept: run the command again, with fewer workers if memory was short"
+                        "Beam's worker processes die again and again (out of memory, or killed; --debug shows what "
+                        "they say); what was committed is kept: run the command again, with fewer workers if memory "
+                        "was short"
                     ) from error
                 log.warning("a worker process of Beam died; %d results are to come yet", len(left))
             else:

@@ -88,7 +88,7 @@ def job_servers() -> Iterator[None]:
 def mended() -> Iterator[threading.Event]:
     """The death of a worker process ends the pipeline with an error, and sets the event; ports are on loopback."""
     lost = threading.Event()
-    with _watched_workers(lost), _ports_on_loopback(), _silent_threads():
+    with _watched_workers(lost), _ports_on_loopback():
         yield lost
 
 
@@ -161,8 +161,9 @@ class _Loopback:
 
 
 @contextlib.contextmanager
-def _silent_threads() -> Iterator[None]:
-    """A lost worker is told once, by us, and not by every thread of Beam's that was speaking with it."""
+def silent_threads() -> Iterator[None]:
+    """A worker or a job server that is lost or stopped is told once, by us, and not by every thread of Beam's that was
+    speaking with it."""
     before = threading.excepthook
 
     def hook(met: threading.ExceptHookArgs) -> None:
