@@ -1,5 +1,6 @@
 """What all tests share: hypothesis draws the same examples each time, and a loaded machine is no failure."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from hypothesis import settings
 
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray's workers give way to all else by default, and would starve beside the tests of the other process."""
 
 
 LOADS_THE_MACHINE = ("contract", "deploy", "engines", "faults")
