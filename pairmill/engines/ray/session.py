@@ -37,6 +37,8 @@ def open_session(config: EngineConfig) -> Iterator[tuple[str, bool]]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by ray.init; pairmill never calls home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what its core would log reaches us as an exception
+    # A task that Ray kills since memory is short is tried again without end otherwise, whatever its max_retries say.
+    os.environ.setdefault("RAY_task_oom_retries", "3")
     try:
         import ray
         import ray.data
