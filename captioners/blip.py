@@ -17,7 +17,7 @@ from pairmill.blip import CPU_CAPTIONS, Checkpoint, cross_attention_cache, load_
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import BatchSize, Passes, rows_a_pass
+from pairmill.passes import BatchSize, Passes, finite, rows_a_pass
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields
@@ -198,7 +198,7 @@ class Writer(ABC):
             return chunks([self.text(row) for row in tokens], len(tokens) // len(tasks))
 
         parts = self._image_passes.run(wanted, self.image_rows, encode, prepare, keep=True)
-        states = [state for part in parts for state in part]
+        states = [state for part in parts for state in finite(part)]
         samples = range(0, self._stage.count if self._stage.method == "nucleus" else 1, self.samples)
         tasks = [(image, sample) for image in range(len(wanted)) for sample in samples]
         written = self._text_passes.run(tasks, self.tasks, write)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pairmill.passes import finite
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,6 +43,9 @@ class Decoder:
             images: what the texts describe.
             samples: texts an image.
             choice: what draws tokens; None: the most probable one is taken.
+
+        Raises:
+            FloatingPointError: see `pairmill.passes.finite`.
         """
         import torch
 
@@ -50,7 +55,7 @@ class Decoder:
         ended = torch.zeros(rows, dtype=torch.bool, device=prompt.device)
         past = self.tower.past(images.groups, self.max_length)
         read = self.tower.read(prompt.expand(images.groups, -1), images, past=past)
-        scores = self.head(read[:, -1]).repeat_interleave(samples, 0)
+        scores = finite(self.head(read[:, -1])).repeat_interleave(samples, 0)
         past = past.repeated(samples)
         for length in range(start, self.max_length):
             processed = self._processed(scores.float(), tokens[:, :length])

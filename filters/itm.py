@@ -17,7 +17,7 @@ from pairmill.blip import CPU_TEXTS, Checkpoint, load_matcher
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import BatchSize, Passes, rows_a_pass
+from pairmill.passes import BatchSize, Passes, finite, rows_a_pass
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_itm_dir
 from schemas import fields
@@ -202,7 +202,7 @@ class Matcher(ABC):
         for length in sorted(set(lengths)):
             places = [place for place, found in enumerate(lengths) if found == length]
             parts = self._text_passes.run(places, self.text_rows, match)
-            for place, score in zip(places, torch.cat(parts).tolist(), strict=True):
+            for place, score in zip(places, finite(torch.cat(parts)).tolist(), strict=True):
                 scores[place] = score
         return scores
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pairmill.clip import LoadedClip
+from pairmill.clip import LoadedClip, bounded
 from pairmill.errors import ConfigError
 from pairmill.passes import BatchSize
 from pairmill.stage import Resources
@@ -118,6 +118,7 @@ def load_clip(
     ensure_torchvision()
     import open_clip
     import torch
+    from safetensors import SafetensorError
 
     from pairmill.onednn import pack
 
@@ -126,7 +127,11 @@ def load_clip(
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, precision=precision, device=place, **weights)
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except SafetensorError as error:
+        raise ConfigError(
+            f"models.clip: the weights of {ref} are damaged or cut off ({error}); fetch them again"
+        ) from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"models.clip: {ref} cannot be loaded ({error}); do config, weights and tokenizer fit?"
         ) from error
@@ -135,7 +140,7 @@ def load_clip(
         pack(model)
     model.visual.to(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return LoadedClip(model, preprocess, tokenizer, place, dtype, batch, share)
+    return LoadedClip(model, preprocess, bounded(tokenizer), place, dtype, batch, share)
 
 
 def _resolve(ref: ModelRef) -> tuple[str, dict[str, Any]]:

@@ -185,6 +185,19 @@ def in_passes(forward: Callable[[Chunk], Result], chunks: Sequence[Chunk], devic
     return [part[0] for part in Passes(device).run(chunks, 1, lambda some: [forward(some[0])], keep=True)]
 
 
+def finite(outputs: torch.Tensor) -> torch.Tensor:
+    """What a model made, as it is.
+
+    Raises:
+        FloatingPointError: some of it is no number or infinite, from which false scores would come without a word.
+    """
+    if not bool(outputs.isfinite().all()):
+        raise FloatingPointError(
+            "the model's outputs are not finite: its weights are damaged, or it overflows in this precision"
+        )
+    return outputs
+
+
 def padded(inputs: torch.Tensor, rows: int) -> torch.Tensor:
     """Exactly so many rows: copies of the first row are added."""
     import torch

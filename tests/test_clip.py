@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ ensure_torchvision()
 import open_clip  # noqa: E402 (needs torchvision)
 from open_clip.transform import image_transform  # noqa: E402
 
+from pairmill import clip as clip_module  # noqa: E402
 from pairmill import onednn  # noqa: E402
 from pairmill.clip import LoadedClip, ShortTexts  # noqa: E402
 from pairmill.clip_pixels import recognised  # noqa: E402
@@ -110,6 +113,24 @@ def test_an_end_of_text_by_its_id_may_also_be_the_padding() -> None:
     short = LoadedClip(clip.model, clip.preprocess, lambda _: ids, "cpu", torch.float32)
     assert len(set(short._lengths(ids).tolist())) > 1
     assert np.abs(short.embed_texts(TEXTS) - of_library(clip.model, ids)).max() < 1e-6
+
+
+def test_a_tokenizer_neither_keeps_all_words_nor_reads_on_behind_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_module, "KNOWN_WORDS", 50)
+    rng = random.Random(0)
+    words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(300)]
+    texts = [" ".join(words[n : n + 10]) for n in range(0, 300, 10)]
+    texts += ["".join(words * 4), "=" * 9000, "  \n" * 5000 + "a dog", "", "<end_of_text>", "&amp;" * 3000]
+    inner = open_clip.SimpleTokenizer()
+    tokenizer = clip_module.bounded(inner)
+    expected = open_clip.SimpleTokenizer()(texts)
+    for _ in range(2):
+        found = torch.cat([tokenizer(texts[n : n + 4]) for n in range(0, len(texts), 4)])
+        assert torch.equal(found, expected)
+        assert len(inner.cache) < 50 + 40 + 2
+    assert max(map(len, inner.cache)) < 9000
+    other = object()
+    assert clip_module.bounded(other) is other
 
 
 # -- preprocessing ----------------------------------------------------------------------------------------------------

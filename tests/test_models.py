@@ -89,6 +89,27 @@ def test_weights_that_do_not_fit_are_a_config_error(folder: Path, tmp_path: Path
         load_clip(ModelRef(path=str(copy)), "cpu")
 
 
+@pytest.mark.parametrize("left", [0.5, 0.0])
+def test_weights_that_are_cut_off_are_a_config_error(folder: Path, tmp_path: Path, left: float) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    weights = copy / "open_clip_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(len(data) * left)])
+    with pytest.raises(ConfigError, match="damaged or cut off"):
+        load_clip(ModelRef(path=str(copy)), "cpu")
+
+
+def test_a_config_of_another_kind_of_model_is_a_config_error(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["experts"] = 8
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*experts"):
+        load_clip(ModelRef(path=str(copy)), "cpu")
+
+
 @pytest.mark.parametrize(
     ("choice", "message"),
     [

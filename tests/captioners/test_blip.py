@@ -297,6 +297,19 @@ def test_a_caption_without_a_word_is_null_with_a_reason(tmp_path: Path) -> None:
     assert len(texts(talks.open(), table(1)).popitem()[1][0].split()) >= 1
 
 
+@pytest.mark.parametrize("part", ["vision_model.post_layernorm.bias", "text_decoder.cls.predictions.bias"])
+def test_a_model_that_says_nothing_writes_nothing(tmp_path: Path, part: str) -> None:
+    folder = write_blip(tmp_path / "damaged", "captioner")
+    model = library().BlipForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_parameter(part)[3] = float("nan")
+    model.save_pretrained(folder)
+    captions = stage(ModelRef(path=str(folder)))
+    found = apply(captions, captions.open(), Batch(table(2)), ErrorBudget())
+    assert found["reason"].to_pylist() == [Reason.ERROR_KERNEL] * 2
+    assert "not finite" in found["detail"][0].as_py()
+
+
 def test_lengths_count_the_prompt(captioners: dict[str, ModelRef]) -> None:
     blip = load_captioner(captioners["blip"], "cpu")
     for prompt, tokens in ((PROMPT, 4), (None, 1), ("a small red circle on the left", 8)):

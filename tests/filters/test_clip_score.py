@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -97,6 +100,20 @@ def test_a_batch_without_any_image(random_clip: ModelRef) -> None:
     stage = ClipScore(random_clip, device="cpu")
     found = run(stage, stage.open(), pairs_table([None, None], [["photo"], []]), 2)
     assert found["reason"].to_pylist() == [Reason.IMAGE_MISSING] * 2
+
+
+def test_a_model_that_says_nothing_is_no_score(random_clip: ModelRef, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "clip"
+    shutil.copytree(str(random_clip.path), folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["visual.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, folder / "open_clip_model.safetensors")
+    stage = ClipScore(ModelRef(path=str(folder)), device="cpu")
+    found = apply(stage, stage.open(), Batch(pairs_table([noise(n) for n in range(3)], [["photo"]] * 3)), ErrorBudget())
+    assert found["reason"].to_pylist() == [Reason.ERROR_KERNEL] * 3
+    assert "not finite" in found["detail"][0].as_py()
 
 
 def test_identity_holds_model_and_precision_but_not_hardware(random_clip: ModelRef) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,20 @@ def test_missing_images_and_texts(blip: ModelRef, kernel: Kernel) -> None:
 
 
 # -- the stage --------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_says_nothing_is_no_score(blip: ModelRef, tmp_path: Path) -> None:
+    folder = tmp_path / "blip"
+    shutil.copytree(str(blip.path), folder)
+    model = library().BlipForImageTextRetrieval.from_pretrained(folder)
+    with torch.no_grad():
+        model.itm_head.bias[0] = float("nan")
+    model.save_pretrained(folder)
+    scores = ItmScore(ModelRef(path=str(folder)), device="cpu")
+    pairs = pairs_table([noise(0), noise(1)], [["a red circle"], []])
+    found = apply(scores, scores.open(), Batch(pairs), ErrorBudget())
+    assert found["reason"].to_pylist() == [Reason.ERROR_KERNEL, None]
+    assert "not finite" in found["detail"][0].as_py()
 
 
 def test_columns_follow_what_is_scored(blip: ModelRef) -> None:
