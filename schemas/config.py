@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -412,6 +412,21 @@ class Placement(Section):
         if self.min_workers and self.max_workers and self.min_workers > self.max_workers:
             raise ValueError(f"min_workers ({self.min_workers}) is above max_workers ({self.max_workers})")
         return self
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus % 1:
+            raise ValueError(f"{gpus:g} is neither a part of one GPU nor a whole number of them")
+        return gpus
+
+    @field_validator("resources")
+    @classmethod
+    def _custom(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, key in {"CPU": "cpus", "GPU": "gpus", "memory": "memory"}.items():
+            if name in resources:
+                raise ValueError(f"{name} is no custom resource; say {key}: {resources[name]:g}")
+        return resources
 
 
 class Engine(Section):

@@ -130,3 +130,8 @@ def test_a_placement_of_an_unknown_stage_names_the_near_one():
 def test_a_placement_has_no_more_workers_at_least_than_at_most():
     with pytest.raises(ValueError, match=r"min_workers \(3\) is above max_workers \(2\)"):
         Placement(min_workers=3, max_workers=2)
+    with pytest.raises(ValueError, match=r"1\.5 is neither a part of one GPU nor a whole number"):
+        Placement(gpus=1.5)
+    with pytest.raises(ValueError, match="GPU is no custom resource; say gpus: 1"):
+        Placement(resources={"fetcher": 1, "GPU": 1})
+    assert Placement(gpus=2, resources={"fetcher": 1}).gpus == 2
