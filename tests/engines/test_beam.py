@@ -83,6 +83,17 @@ def test_the_job_api_of_flink_spark_and_prism_gives_the_tables_of_the_local_engi
     assert found[0] == found[1]
 
 
+def test_bundles_that_are_done_three_times_are_one_result(tmp_path: Path):
+    """A runner may do them again whenever it likes, though their results are known."""
+    table = write_urls(tmp_path / "urls.parquet", texts(40))
+    found = []
+    for engine in ({"kind": "local"}, beam(*IN_MEMORY, "--direct_runner_bundle_repeat=2")):
+        run = config(tmp_path / str(engine["kind"]), table, engine=engine, recipe=RECIPE, shard_size=20)
+        refresh(run, Silent())
+        found.append(table_digests(run))
+    assert found[0] == found[1]
+
+
 def stand_in(folder: Path) -> Path:
     """A program that takes the place of Prism, and of Java with the jars of Flink's and Spark's job servers: Beam's job
     server in Python, on the port that the runner tells it. It writes down its process id."""
