@@ -124,9 +124,10 @@ def load_clip(
 
     place = resolve_device(device)
     name, weights = _resolve(ref)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, precision=precision, device=place, **weights)
         tokenizer = open_clip.get_tokenizer(name)
+        model, preprocess = _created(name, precision, place, weights, tokenizer)
     except SafetensorError as error:
         raise ConfigError(
             f"models.clip: the weights of {ref} are damaged or cut off ({error}); fetch them again"
@@ -135,12 +136,50 @@ def load_clip(
         raise ConfigError(
             f"models.clip: {ref} cannot be loaded ({error}); do config, weights and tokenizer fit?"
         ) from error
-    model.eval()
     if place == "cpu":
         pack(model)
     model.visual.to(memory_format=torch.channels_last)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return LoadedClip(model, preprocess, bounded(tokenizer), place, dtype, batch, share)
+
+
+def _created(name: str, precision: str, device: str, weights: dict[str, Any], tokenizer: Any) -> tuple[Any, Any]:
+    """open_clip's model in evaluation mode, and its preprocessing.
+
+    For bf16 open_clip leaves norms in fp32, which its own towers and timm's can do. Others (CoCa, text towers of
+    transformers, a text projection with a bias) fail so, and are cast as a whole.
+
+    Raises:
+        ConfigError: no model of it computes in bf16.
+    """
+    import open_clip
+    import torch
+    from PIL import Image
+
+    if precision != "bf16":
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, precision=precision, device=device, **weights
+        )
+        return model.eval(), preprocess
+    failure: Exception | None = None
+    for kind in ("bf16", "pure_bf16"):
+        try:
+            model, _, preprocess = open_clip.create_model_and_transforms(name, precision=kind, device=device, **weights)
+        except AttributeError as error:  # a layer where its casts expect a parameter
+            failure = error
+            continue
+        model.eval()
+        pixels = preprocess(Image.new("RGB", (64, 64)))[None].to(device, torch.bfloat16)
+        try:
+            with torch.inference_mode():
+                model.encode_image(pixels)
+                model.encode_text(tokenizer(["a photo"]).to(device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # operands of two dtypes
+            failure = error
+        else:
+            return model, preprocess
+    raise ConfigError(f"models.clip: {name} does not compute in bf16 ({failure}); set models.precision to fp32")
 
 
 def _resolve(ref: ModelRef) -> tuple[str, dict[str, Any]]:

@@ -89,6 +89,35 @@ def test_weights_that_do_not_fit_are_a_config_error(folder: Path, tmp_path: Path
         load_clip(ModelRef(path=str(copy)), "cpu")
 
 
+@pytest.mark.parametrize("kind", ["CoCa", "SigLIP"])
+def test_towers_that_open_clip_cannot_cast_compute_in_bf16(folder: Path, tmp_path: Path, kind: str) -> None:
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "open_clip_config.json").read_text())
+    settings = config["model_cfg"]
+    if kind == "CoCa":
+        settings["text_cfg"] |= {"pool_type": "argmax", "embed_cls": True, "output_tokens": True}
+        settings["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        settings["multimodal_cfg"] = {"context_length": 16, "vocab_size": 18, "width": 64, "heads": 2, "layers": 1}
+        model = open_clip.CoCa(**settings)
+    else:
+        settings["text_cfg"] |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+        model = open_clip.CustomTextCLIP(**settings)
+    settings["custom_text"] = True
+    (copy / "open_clip_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(t.shape, generator=generator) * 0.1 for name, t in model.state_dict().items()}
+    save_file(state, copy / "open_clip_model.safetensors")
+    images = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    both = [load_clip(ModelRef(path=str(copy)), "cpu", precision) for precision in ("fp32", "bf16")]
+    for vectors in ([clip.embed_images(images) for clip in both], [clip.embed_texts(["a red photo"]) for clip in both]):
+        assert 0 < np.abs(vectors[0] - vectors[1]).max() < 0.05
+
+
 @pytest.mark.parametrize("left", [0.5, 0.0])
 def test_weights_that_are_cut_off_are_a_config_error(folder: Path, tmp_path: Path, left: float) -> None:
     copy = tmp_path / "clip"
