@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from pairmill.dedup.semantic import SemanticNeighbours
 from pairmill.engines import in_cells, open_engine
-from pairmill.engines.beam import BeamEngine
+from pairmill.engines.beam import BeamEngine, _Run
 from pairmill.engines.beam.outbox import FOLDER, Outbox, clear
 from pairmill.engines.beam.transforms import RunGroup, dismiss
 from pairmill.errors import StoreError
@@ -210,6 +211,38 @@ def test_sigterm_ends_a_run_and_the_job_server_that_it_started_in_silence(tmp_pa
     (pid,) = (tmp_path / "started").read_text().split()
     assert not Path(f"/proc/{pid}").exists()
     assert not (tmp_path / "dataset" / FOLDER).exists()
+
+
+class Deaf:
+    """A pipeline, and its result, on a cluster that does not answer any more."""
+
+    def __init__(self) -> None:
+        self.asked, self.forever = threading.Event(), threading.Event()
+
+    def run(self) -> Deaf:
+        return self
+
+    def wait_until_finish(self) -> str:
+        self.asked.set()
+        self.forever.wait()
+        return "DONE"
+
+    def cancel(self) -> None:
+        self.forever.wait()
+
+
+@pytest.mark.timeout(60)
+def test_a_cluster_that_does_not_answer_does_not_keep_ctrl_c_waiting(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pairmill.engines.beam.CANCEL_S", 0.01)
+    monkeypatch.setattr("pairmill.engines.beam.STOP_S", 0.01)
+    deaf = Deaf()
+    run = _Run(deaf)  # type: ignore[arg-type]
+    deaf.asked.wait()
+    run.stop()
+    assert not run.over
+    deaf.forever.set()
+    run.wait(60)
+    assert run.over
 
 
 @pytest.fixture

@@ -34,6 +34,9 @@ WORKER_RETRIES = 3
 STOP_S = 5.0
 """How long a pipeline that nobody waits for any longer has to end, before the driver goes on without it."""
 
+CANCEL_S = 20.0
+"""How long a runner has to take the order to cancel it."""
+
 _LOOK_S = 0.1
 _LOOK_REMOTE_S = 1.0
 """How often the driver looks for results, on a disk and in an object store."""
@@ -250,8 +253,15 @@ class _Run:
     def stop(self) -> None:
         """Cancel it, where the runner can; its workers see by the outbox that they are to stop."""
         if self.result is not None:
-            with contextlib.suppress(Exception):
-                self.result.cancel()
+            asked = threading.Event()
+
+            def cancel() -> None:  # beside, since a cluster that does not answer is waited for without end
+                with contextlib.suppress(Exception):
+                    self.result.cancel()
+                asked.set()
+
+            threading.Thread(target=cancel, name="pairmill-beam-cancel", daemon=True).start()
+            asked.wait(CANCEL_S)
         self.wait(STOP_S)
 
     def close(self, outbox: Outbox) -> None:
