@@ -7,6 +7,7 @@ processor itself has filled, so rescaling and normalisation cannot differ. Resiz
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class BlipPixels:
         values = np.asarray(processor(ramp, do_resize=False, input_data_format="channels_last")["pixel_values"][0])
         return cls(processor, (size["width"], size["height"]), told["resample"], values.reshape(-1).astype(np.float32))
 
+    @cached_property
+    def _on_device(self) -> dict[torch.device, tuple[torch.Tensor, torch.Tensor]]:
+        """The table and where each channel begins in it, by device."""
+        return {}
+
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """An RGB image as uint8 of shape (height, width, 3), or as the processor leaves it, (3, height, width)."""
         import torch
@@ -63,6 +69,8 @@ class BlipPixels:
 
         if self.table is None:
             return pixels
-        table = torch.from_numpy(self.table).to(pixels.device)
-        channels = torch.tensor([0, 256, 512], dtype=torch.int32, device=pixels.device)
+        if pixels.device not in self._on_device:  # made once: to put numbers on a GPU is to wait for all before
+            channels = torch.tensor([0, 256, 512], dtype=torch.int32, device=pixels.device)
+            self._on_device[pixels.device] = torch.from_numpy(self.table).to(pixels.device), channels
+        table, channels = self._on_device[pixels.device]
         return table[pixels.int() + channels].permute(0, 3, 1, 2)

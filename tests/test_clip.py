@@ -159,6 +159,27 @@ def test_preprocessing_is_the_librarys_to_the_bit(size: Any, interpolation: str,
     assert torch.equal(pixels.normalise(prepared), torch.stack([transform(image) for image in images]))
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_of_a_line_only_the_middle_is_resized(interpolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what the library makes of it, which resizes all of it."""
+    transform = image_transform(64, is_train=False, interpolation=interpolation)
+    pixels = recognised(transform)
+    assert pixels is not None
+    images = [picture(*size) for size in ((3, 300), (701, 7), (1, 70), (90, 1), (4, 321), (3, 1000), (999, 12))]
+    expected, resize, sizes = [transform(image) for image in images], Image.Image.resize, []
+
+    def resized(image: Image.Image, size: tuple[int, int], *rest: Any, **named: Any) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *rest, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    found = pixels.normalise(torch.stack([pixels.prepare(image) for image in images]))
+    apart = (found - torch.stack(expected)).abs()
+    assert apart.max() < 1.1 / 255 / 0.26
+    assert (apart > 1e-6).float().mean() < 0.05
+    assert set(sizes) == {(64, 64)}
+
+
 def test_an_image_too_thin_for_the_library_has_one_row() -> None:
     transform = image_transform(64, is_train=False, resize_mode="longest")
     pixels = recognised(transform)
