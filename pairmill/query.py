@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -47,7 +48,7 @@ def query(snapshot: Snapshot, sql: str) -> pa.Table:
 
     Raises:
         ConfigError: the SQL is wrong, or is no single SELECT; carries DuckDB's message and the views there are.
-        StoreError: a file of the snapshot is missing or damaged.
+        StoreError: a file of the snapshot is missing or damaged, or memory does not hold what the query needs.
     """
     with connect(snapshot) as connection:
         return select(connection, sql)
@@ -61,11 +62,36 @@ def select(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
         statements = connection.extract_statements(sql)
         if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
             raise ConfigError("a query must be one SELECT statement; to get data out, use `pairmill export`")
-        return connection.sql(sql).to_arrow_table()
+        return interruptible(connection, lambda: connection.sql(sql).to_arrow_table())
+    except duckdb.OutOfMemoryException as error:
+        raise _too_much(error) from error
     except duckdb.Error as error:
         if _is_about_a_file(error):
             raise _damage(error) from error
         raise ConfigError(f"{error}\nThere are the views {', '.join(VIEWS)}; `DESCRIBE pairs` shows columns") from error
+
+
+def interruptible(connection: duckdb.DuckDBPyConnection, ask: Callable[[], pa.Table]) -> pa.Table:
+    """What `ask` gets from the connection. Ctrl-C and SIGTERM end it: DuckDB itself does not look for signals before
+    it is done, so it works in a thread of its own."""
+    asked: futures.Future[pa.Table] = futures.Future()
+
+    def work() -> None:
+        try:
+            asked.set_result(ask())
+        except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+            asked.set_exception(error)
+
+    thread = threading.Thread(target=work, name="sql", daemon=True)
+    try:
+        thread.start()
+        return asked.result()
+    except KeyboardInterrupt:
+        while True:  # more than once: a query that has not quite begun would not notice
+            connection.interrupt()
+            futures.wait([asked], timeout=0.1)
+            if asked.done() or not thread.is_alive():
+                raise
 
 
 def instruction_counts(snapshot: Snapshot) -> dict[str, dict[str, int]]:
@@ -108,7 +134,10 @@ def filtered(connection: duckdb.DuckDBPyConnection, pairs: str, condition: str) 
 
     try:
         # `filter` takes an expression and nothing else: no other statement, no UNION, no other table.
-        return connection.sql(pairs).set_alias("pairs").filter(condition).project("uid, shard").to_arrow_table()
+        chosen = connection.sql(pairs).set_alias("pairs").filter(condition).project("uid, shard")
+        return interruptible(connection, chosen.to_arrow_table)
+    except duckdb.OutOfMemoryException as error:
+        raise _too_much(error) from error
     except duckdb.Error as error:
         raise ConfigError(
             f"where = {condition!r} is no SQL condition over the view pairs: {error}\n"
@@ -171,6 +200,12 @@ def _damage(error: duckdb.Error, dataset: str = "DATASET") -> StoreError:
     return StoreError(
         f"{said.strip()}; a file is damaged or missing: `pairmill verify {dataset} --repair` says which one, and mends "
         "what can be mended"
+    )
+
+
+def _too_much(error: duckdb.Error) -> StoreError:
+    return StoreError(
+        f"{str(error).splitlines()[0]}; ask for fewer rows or columns at once, or where there is more memory"
     )
 
 

@@ -1,3 +1,4 @@
+import signal
 import threading
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pairmill.query as query_module
 from pairmill.errors import ConfigError, StoreError
 from pairmill.query import VIEWS, _SharedFile, _SnapshotFiles, connect, query
 from schemas import fields
@@ -295,6 +297,40 @@ def test_threads_that_share_a_file_each_read_at_their_own_place(tmp_path):
         assert shared.read(2) == bytes([10, 11]) and shared.tell() == 12
         assert found == [bytes([200, 201, 202])]
         assert shared.seek(0, 2) == 256 and shared.seek(-6, 1) == 250 and shared.read() == bytes(range(250, 256))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_long_query_can_be_interrupted(built, monkeypatch, sent):
+    # DuckDB does not look for signals by itself: this query went on for hours.
+    monkeypatch.setattr(query_module, "interruptible", _interrupted_once_it_runs(sent))
+    many = ", ".join(f"range(9999) t{n}(i{n})" for n in range(5))
+    before = signal.signal(sent, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            query(built.snapshot, f"SELECT count(*) FROM {many} WHERE i0 + i1 * i2 + i3 = i4")
+    finally:
+        signal.signal(sent, before)
+
+
+def _interrupted_once_it_runs(sent: signal.Signals):
+    original = query_module.interruptible
+
+    def ask_and_send(connection, ask):
+        def tell_first():
+            threading.Timer(0, signal.pthread_kill, (threading.main_thread().ident, sent)).start()
+            return ask()
+
+        return original(connection, tell_first)
+
+    return ask_and_send
+
+
+def test_a_query_that_memory_does_not_hold_is_no_damage(built, monkeypatch):
+    plain = duckdb.connect
+    monkeypatch.setattr(duckdb, "connect", lambda at, config: plain(at, config={**config, "memory_limit": "20MB"}))
+    with pytest.raises(StoreError, match=r"Out of Memory Error.*ask for fewer rows") as caught:
+        query(built.snapshot, "SELECT list(a || repeat('x', 1000)) FROM range(1000000) t(a)")
+    assert "damaged" not in str(caught.value)
 
 
 def test_duckdb_finds_nulls_in_a_column_whose_other_values_are_equal(tmp_path: Path):

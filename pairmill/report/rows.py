@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 import pyarrow as pa
@@ -21,12 +23,14 @@ def print_rows(rows: pa.Table, stream: TextIO) -> None:
 
 
 def print_json_rows(rows: pa.Table, stream: TextIO) -> None:
-    """As a JSON array of objects; bytes are base64, NaN and infinities null."""
+    """As a JSON array of objects; bytes are base64, NaN and infinities null. Of columns with one name the second is
+    called ``name_1`` and so on, as DuckDB does it, since an object would lose one of them."""
+    names = _distinct(rows.column_names)
     columns = [column.to_pylist() for column in rows.columns]
     stream.write("[")
     for number, values in enumerate(zip(*columns, strict=True)):
         stream.write(",\n " if number else "\n ")
-        row = {name: _plain(value) for name, value in zip(rows.column_names, values, strict=True)}
+        row = {name: _plain(value) for name, value in zip(names, values, strict=True)}
         stream.write(json.dumps(row, default=str))
     stream.write("\n]\n")
 
@@ -37,6 +41,14 @@ def print_csv(rows: pa.Table, stream: TextIO) -> None:
     writer.writerow(rows.column_names)
     for values in zip(*(column.to_pylist() for column in rows.columns), strict=True):
         writer.writerow([_flat(_plain(value)) for value in values])
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{n}" for n in itertools.count(1))
+        found[name if name not in found else next(n for n in numbered if n not in found and n not in names)] = None
+    return list(found)
 
 
 def _plain(value: Any) -> Any:

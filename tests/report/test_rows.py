@@ -72,3 +72,10 @@ def test_columns_of_one_name_are_printed_both():
     stream = io.StringIO()
     print_csv(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), stream)
     assert stream.getvalue() == "a,a\n1,2\n"
+
+
+def test_json_keeps_columns_of_one_name():
+    rows = pa.Table.from_arrays([pa.array([n]) for n in range(5)], ["reason", "reason", "text", "reason_1", "reason"])
+    stream = io.StringIO()
+    print_json_rows(rows, stream)
+    assert json.loads(stream.getvalue()) == [{"reason": 0, "reason_2": 1, "text": 2, "reason_1": 3, "reason_3": 4}]
