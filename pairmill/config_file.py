@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pairmill.errors import ConfigError
+from schemas.config import Condition
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,12 +52,26 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text; give the path of a YAML file") from error
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)  # noqa: S506 (a safe one)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold keys and values, such as `dataset: out/my-dataset`")
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml's safe loader, but a key that stands twice in a section is an error: it would take the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -118,15 +133,29 @@ def _explain(model: type[BaseModel], item: dict[str, Any]) -> str:
         tags = [repr(tag) for owner in _models_at(owners, place) if (tag := _tag(owner))]
         return f"{key}.{context['discriminator'].strip(chr(39))}: expected one of {', '.join(tags)} {told}"
     given = item.get("input")
-    expected = _expected(item)
+    open_owners = [owner for owner in owners if owner.model_config.get("extra") == "allow"]
+    known = [name for owner in open_owners for name in _keys(owner)]
+    if known and place[-1] not in known and (near := difflib.get_close_matches(place[-1], known, n=1)):
+        return f"{key}: unknown key; did you mean {near[0]!r}?"
+    condition = any(_is_condition(owner, place[-1]) for owner in owners)
+    expected = _CONDITION if condition and item["type"] == "string_type" else _expected(item)
     shown = "" if isinstance(given, (dict, BaseModel)) or repr(given) in expected else f" (given: {given!r:.80})"
     return f"{key}: {expected}{shown}"
+
+
+_CONDITION = "expected a condition such as '>= 0.28', '< 3' or 'top 30%'"
 
 
 def _expected(item: dict[str, Any]) -> str:
     message = str(item["msg"])
     if item["type"] == "string_pattern_mismatch":
-        return "expected a condition such as '>= 0.28', '< 3' or 'top 30%'"
+        return _CONDITION
+    if item["type"] in ("tuple_type", "list_type"):
+        return "expected a list"
+    if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        return "expected keys and values"
+    if item["type"] == "too_short":
+        return f"expected at least {item['ctx']['min_length']} of them"
     for opening in ("Input should be ", "Value error, ", "Assertion failed, "):
         if message.startswith(opening):
             message = message[len(opening) :]
@@ -181,6 +210,14 @@ def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
     elif get_origin(annotation) in (Union, types.UnionType, Annotated, tuple, list, dict):
         for argument in get_args(annotation):
             yield from _models_of(argument)
+
+
+def _is_condition(owner: type[BaseModel], key: str) -> bool:
+    """Whether a key takes a condition, as any further key of a section does that allows them."""
+    annotation = _annotation(owner, key)
+    if annotation is None:
+        return owner.model_config.get("extra") == "allow"
+    return Condition in (annotation, *get_args(annotation))
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

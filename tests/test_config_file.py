@@ -46,6 +46,18 @@ def complaint(data: dict[str, Any]) -> list[str]:
             {"keep": {"clip_score": "high"}},
             ["keep.clip_score: expected a condition such as '>= 0.28', '< 3' or 'top 30%' (given: 'high')"],
         ),
+        (
+            {"keep": {"clip_score": 0.3}},
+            ["keep.clip_score: expected a condition such as '>= 0.28', '< 3' or 'top 30%' (given: 0.3)"],
+        ),
+        (
+            {"keep": {"aesthetic": 5}},
+            ["keep.aesthetic: expected a condition such as '>= 0.28', '< 3' or 'top 30%' (given: 5)"],
+        ),
+        ({"keep": {"min_sid": 3}}, ["keep.min_sid: unknown key; did you mean 'min_side'?"]),
+        ({"keep": {"language": "en"}}, ["keep.language: expected a list (given: 'en')"]),
+        ({"keep": None}, ["keep: expected keys and values (given: None)"]),
+        ({"source": []}, ["source: expected at least 1 of them (given: [])"]),
         ({"engine": {"kind": "spark"}}, ["engine.kind: expected 'local', 'ray' or 'beam' (given: 'spark')"]),
         ({"models": {"clip": {}}}, ["models.clip: give either name (and pretrained) or path, or the word tiny"]),
         ({"models": {"batch": -1}}, ["models.batch: expected auto or a number greater than 0 (given: -1)"]),
@@ -74,6 +86,15 @@ def test_broken_yaml_names_the_line(tmp_path: Path):
     path.write_text("dataset: d\nsource: [1,\nkeep: }\n")
     with pytest.raises(ConfigError, match=r"c.yaml is not valid YAML: line 3, column 7"):
         read_config(RunConfig, str(path))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("common: &common {min_side: 9}\ndataset: d\nkeep:\n  <<: *common\n  min_side: 3\ndataset: e\n")
+    with pytest.raises(ConfigError, match=r"line 6, column 1: the key 'dataset' stands there twice"):
+        read_config(RunConfig, str(path))
+    path.write_text("keep: &keep {min_side: 9}\ndataset: d\nsource: {kind: url_table, path: p}\n")
+    assert read_config(RunConfig, str(path)).keep.min_side == 9
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
