@@ -63,7 +63,7 @@ def open_fs(url: str) -> tuple[Any, str]:
     fetch all 80 MB instead of 0.3.)
 
     Raises:
-        ConfigError: the URL holds credentials, or a package for it is missing.
+        ConfigError: the URL holds credentials, a package for it is missing, or nobody answers there.
     """
     parts = urlsplit(url)
     if parts.scheme and "@" in parts.netloc:
@@ -82,8 +82,8 @@ def open_fs(url: str) -> tuple[Any, str]:
             root = fs._strip_protocol(url)
         else:
             fs, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"cannot open {url}: {error}") from error
+    except (ImportError, ValueError, OSError) as error:  # some file systems connect at once
+        raise ConfigError(f"cannot open {url}: {redact(str(error))}") from error
     return fs, os.path.abspath(root) if is_local(fs) else root.rstrip("/")
 
 

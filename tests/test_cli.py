@@ -221,6 +221,34 @@ def test_wrong_sql_is_2_and_names_the_views(command: Command, config: Path):
     assert "has no snapshot 7; it has 1" in missing.err
 
 
+@pytest.mark.parametrize("verb", [("run",), ("vacuum",), ("vacuum", "--dry-run"), ("rollback", "1")], ids=" ".join)
+def test_a_dataset_that_cannot_be_written_is_1_and_no_defect(command: Command, config: Path, verb: tuple[str, ...]):
+    assert command("run", str(config)).code == 0
+    lock = Path(dataset(config), ".lock")
+    lock.unlink()
+    lock.mkdir()  # which stops root, too
+    name, *more = verb
+    result = command(name, str(config) if name == "run" else dataset(config), *more)
+    assert result.code == 1
+    assert f"error: cannot write to {dataset(config)}: " in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_file_in_the_place_of_the_dataset_is_2(command: Command, config: Path):
+    for place in (config, config / "below"):
+        result = command("run", str(config), "--set", f"dataset={place}")
+        assert result.code == 2
+        assert f"error: {place} cannot be a dataset: a file is in its way" in result.err
+
+
+def test_an_address_where_nobody_answers_is_2(command: Command, config: Path):
+    for key in ("dataset", "source.path"):
+        result = command("plan", str(config), "--set", f"{key}=ftp://127.0.0.1:1/x.csv")
+        assert result.code == 2
+        assert "Connection refused" in result.err
+        assert "Traceback" not in result.err
+
+
 def test_a_failed_run_is_1_and_shows_the_first_cause(command: Command, config: Path):
     write_urls(config.parent / "urls.parquet", [f"poison {i} words here" for i in range(100)])
     result = command("run", str(config))

@@ -145,7 +145,7 @@ def _filesystem(path: str, what: str) -> tuple[AbstractFileSystem, str]:
 
     try:
         fs, inside = storage.open_fs(path) if path.startswith(("s3://", "s3a://")) else fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:  # some file systems connect at once
         raise SourceError(f"{what} {path!r}: {error}") from error
     return fs, inside
 

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 import pyarrow as pa
 
 from pairmill import leases, storage
-from pairmill.errors import ConfigError, DatasetLocked
+from pairmill.errors import ConfigError, DatasetLocked, StoreError
 from pairmill.store.files import DataFile
 from pairmill.store.tables import LOG, Records, Table
 from schemas.snapshot import SNAPSHOTS, SnapshotRecord
@@ -154,14 +154,15 @@ class Dataset:
             wait_s: how long to wait for another process that holds it, seconds.
 
         Raises:
+            ConfigError: a file is in its place.
             DatasetLocked: another process holds it; the message names it.
+            StoreError: the folder cannot be made or written to.
         """
         if not self.local:
             with self._leased(wait_s):
                 yield
             return
-        os.makedirs(self.root, exist_ok=True)
-        with open(self.path(_LOCK), "a+", encoding="utf-8") as file:
+        with self._opened(_LOCK, "a+") as file:
             if not _locked(file, exclusive=True, wait_s=wait_s):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -219,6 +220,7 @@ class Dataset:
 
         Raises:
             DatasetLocked: an export is reading, and did not end in time.
+            StoreError: the folder cannot be written to.
         """
         if not self.local:
             with (
@@ -226,13 +228,25 @@ class Dataset:
             ):
                 yield
             return
-        with open(self.path(_READERS), "a", encoding="utf-8") as file:
+        with self._opened(_READERS, "a") as file:
             if not _locked(file, exclusive=True, wait_s=wait_s):
                 raise DatasetLocked(
                     f"{self.url} is being read by an export; wait until it ends (--wait SECONDS), or stop it, "
                     "then run again"
                 )
             yield
+
+    def _opened(self, name: str, mode: str) -> IO[str]:
+        """A file of the local folder, to be locked; the folder is made where there is none."""
+        try:
+            os.makedirs(self.root, exist_ok=True)
+            return open(self.path(name), mode, encoding="utf-8")
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(f"{self.url} cannot be a dataset: a file is in its way; name another folder") from error
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to {self.url}: {error}; make room or mend access, or name another folder"
+            ) from error
 
 
 def _locked(file: IO[str], *, exclusive: bool, wait_s: float) -> bool:
