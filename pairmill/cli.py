@@ -134,7 +134,7 @@ def run(
     \b
     Examples:
       pairmill run config.yaml
-      pairmill run config.yaml --set keep.clip_score='">= 0.3"' --set engine.kind=local
+      pairmill run config.yaml --set keep.clip_score=">= 0.3" --set engine.kind=local
       pairmill run config.yaml --retry-deferred
       pairmill run config.yaml --revisit-where "url LIKE '%://news.%'"
     """

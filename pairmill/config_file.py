@@ -90,7 +90,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         place = _step_into(place, parent, override)
     try:
-        parsed = yaml.safe_load(value)
+        # In YAML a text of several lines follows a > or |; on one line it is a condition, such as >= 0.3.
+        parsed = value.strip() if value.lstrip()[:1] in (">", "|") else yaml.load(value, _Loader)  # noqa: S506
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {_yaml_problem(error)}") from error
     if isinstance(place, list):

@@ -114,7 +114,7 @@ class Download(Section):
     )
     max_redirects: int = Field(5, ge=0)
     resize: Resize = Resize()
-    robots: bool = Field(True, description="honour robots.txt and opt-out headers")
+    robots: bool = Field(True, description="honour opt-out headers (X-Robots-Tag, tdm-reservation)")
     allow_private_addresses: bool = Field(False, description="loopback and private networks; for tests and intranets")
     user_agent: str = Field("pairmill/0.1", description="names the product; add a contact of yours")
 

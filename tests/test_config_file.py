@@ -111,6 +111,14 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path):
     assert (config.source[0].url, config.keep.min_side, config.keep.clip_score) == ("link", 9, "top 30%")  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("condition", [">= 0.3", "> 0.3", ">0.3", "<= 0.3", "top 30%", '">= 0.3"'])
+def test_an_override_takes_a_condition_as_it_stands(tmp_path: Path, condition: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    config = read_config(RunConfig, str(path), [f"keep.clip_score={condition}"])
+    assert config.keep.clip_score == condition.strip('"')
+
+
 @pytest.mark.parametrize("override", ["keep", "=3", "dataset.x=1", "source.4.url=x", "source.x=1", "seed=[1"])
 def test_overrides_that_cannot_be_applied_are_quoted(tmp_path: Path, override: str):
     path = tmp_path / "c.yaml"
