@@ -3,6 +3,7 @@ the driver costs nothing; its metrics."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +23,7 @@ from pairmill.engines import in_cells, open_engine
 from pairmill.engines.beam import BeamEngine, _Run
 from pairmill.engines.beam.outbox import FOLDER, Outbox, clear
 from pairmill.engines.beam.transforms import RunGroup, dismiss
-from pairmill.errors import StoreError
+from pairmill.errors import EngineError, StoreError
 from pairmill.execute import Frame, Job, Unit, table_files, units_to_do
 from pairmill.integrity import examine
 from pairmill.integrity.findings import Kind
@@ -211,6 +213,37 @@ def test_sigterm_ends_a_run_and_the_job_server_that_it_started_in_silence(tmp_pa
     (pid,) = (tmp_path / "started").read_text().split()
     assert not Path(f"/proc/{pid}").exists()
     assert not (tmp_path / "dataset" / FOLDER).exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Beam leaves its server's pipe open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its workers here have lost it
+def test_a_job_server_that_dies_or_is_not_there_is_told(tmp_path: Path):
+    server = (f"--prism_location={stand_in(tmp_path)}",)
+    run = config(tmp_path, tmp_path / "none", engine=beam("--runner=PrismRunner", *server, *LOOPBACK))
+    with open_engine(run.engine, run.dataset) as engine:
+        work = KillsFirst(str(tmp_path / "started"))
+        with pytest.raises(
+            EngineError, match=r"PrismRunner\) stopped the run: UNAVAILABLE: .*; what was committed is kept"
+        ):
+            list(engine.scatter(work, tables(20)))
+    absent = ("--runner=PortableRunner", "--job_endpoint=127.0.0.1:1", "--job_server_timeout=1", *LOOPBACK)
+    with (
+        open_engine(Engine(kind="beam", pipeline_options=absent), run.dataset) as engine,
+        pytest.raises(EngineError, match=r"the job server does not answer; is it up, and its address right\?"),
+    ):
+        list(engine.scatter(rank, tables(20)))
+
+
+@dataclass(frozen=True)
+class KillsFirst:
+    """Work in cells that kills a process, whose id is in a file, before it begins."""
+
+    file: str
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(Path(self.file).read_text()), signal.SIGKILL)
+        return rank(rows)
 
 
 class Deaf:

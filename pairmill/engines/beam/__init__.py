@@ -279,12 +279,21 @@ class _Run:
         """Raise `EngineError` unless it ended well."""
         if self.error is None and self._state == "DONE":
             return
-        what = f"the pipeline is {self._state}"
-        if self.error is not None:
-            said = [line for line in str(self.error).splitlines() if line.strip()][-1:]
-            if not isinstance(self.error, RuntimeError) or not said:  # which repeats what a worker told, with its type
-                said.insert(0, type(self.error).__name__)
-            what = ": ".join(said)
+        what = f"the pipeline is {self._state}" if self.error is None else _said(self.error)
         raise EngineError(
             f"{name} stopped the run: {what}; what was committed is kept: run the command again"
         ) from self.error
+
+
+def _said(error: BaseException) -> str:
+    """What a runner says that gave up, on one line."""
+    import grpc  # type: ignore[import-untyped]
+
+    if isinstance(error, grpc.FutureTimeoutError):
+        return "the job server does not answer; is it up, and its address right?"
+    if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):  # as text it has many lines, and no end
+        return f"{error.code().name}: {' '.join(str(error.details()).split())}"
+    said = [line for line in str(error).splitlines() if line.strip()][-1:]
+    if not isinstance(error, RuntimeError) or not said:  # which repeats what a worker told, with its type
+        said.insert(0, type(error).__name__)
+    return ": ".join(said)
