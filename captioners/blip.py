@@ -17,7 +17,7 @@ from pairmill.blip import CPU_CAPTIONS, Checkpoint, cross_attention_cache, load_
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import BatchSize, Passes, finite, rows_a_pass
+from pairmill.passes import BatchSize, Passes, finite, rows_a_pass, side_by_side
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_captioner_dir
 from schemas import fields
@@ -180,7 +180,7 @@ class Writer(ABC):
         """``count`` captions of each image, in the order in which they were drawn (beam: best first). Each image is
         taken from the sequence in the thread that needs it."""
         found: list[list[str]] = []
-        at_once = max(IMAGES, self.image_rows, self.tasks)
+        at_once = max(IMAGES, max(self.image_rows, self.tasks) * side_by_side(self.blip.device))
         for start in range(0, len(images), at_once):
             some = range(start, min(start + at_once, len(images)))
             found += self._some(images, some, uids[start : some.stop])

@@ -17,7 +17,7 @@ from pairmill.blip import CPU_TEXTS, Checkpoint, load_matcher
 from pairmill.blip_text import SeenImages
 from pairmill.errors import ConfigError
 from pairmill.models import ModelRef, model_resources
-from pairmill.passes import BatchSize, Passes, finite, rows_a_pass
+from pairmill.passes import BatchSize, Passes, finite, rows_a_pass, side_by_side
 from pairmill.stage import Batch, Kernel, Resources, Stage
 from pairmill.weights import tiny_itm_dir
 from schemas import fields
@@ -160,7 +160,7 @@ class Matcher(ABC):
         """The probability of each of an image's texts; None for a null text. Each image is taken from the sequence in
         the thread that needs it."""
         found: list[list[float | None]] = []
-        at_once = max(IMAGES, self.image_rows)
+        at_once = max(IMAGES, max(self.image_rows, CPU_TEXTS) * side_by_side(self.blip.device))
         for start in range(0, len(images), at_once):
             some = range(start, min(start + at_once, len(images)))
             found += self._some(images, [(image, texts[image]) for image in some])

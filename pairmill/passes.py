@@ -185,6 +185,13 @@ def in_passes(forward: Callable[[Chunk], Result], chunks: Sequence[Chunk], devic
     return [part[0] for part in Passes(device).run(chunks, 1, lambda some: [forward(some[0])], keep=True)]
 
 
+def side_by_side(device: str) -> int:
+    """Passes that run at a time: a device has one, a CPU as many as torch has threads."""
+    import torch
+
+    return torch.get_num_threads() if device == "cpu" else 1
+
+
 def finite(outputs: torch.Tensor) -> torch.Tensor:
     """What a model made, as it is.
 

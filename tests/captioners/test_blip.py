@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,25 @@ def test_an_image_is_encoded_once_for_all_its_captions(captioners: dict[str, Mod
     found = writer.captions(images, [str(n) for n in range(8)])
     assert [len(row) for row in found] == [6] * 8
     assert encoded == {"vision_model": 8, "qformer": 0 if kind == "blip" else 8}
+
+
+def test_every_thread_writes(captioners: dict[str, ModelRef]) -> None:
+    """A machine of many cores has as many passes at a time."""
+    blip = load_captioner(captioners["blip"], "cpu")
+    writer = writer_of(blip, stage(captioners["blip"]))
+    threads, write, together = torch.get_num_threads(), writer.write, threading.Barrier(6)
+
+    def waiting(*arguments: Any) -> torch.Tensor:
+        together.wait(20)
+        return write(*arguments)
+
+    writer.write = waiting  # type: ignore[method-assign]
+    try:
+        torch.set_num_threads(6)
+        images = [Image.open(io.BytesIO(noise(n))).convert("RGB") for n in range(6 * writer.tasks)]
+        assert len(writer.captions(images, [str(n) for n in range(len(images))])) == len(images)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_rows_without_an_image_or_with_a_broken_one(captioners: dict[str, ModelRef]) -> None:
