@@ -291,11 +291,12 @@ class BlipWriter(Writer):
 
     @property
     def samples(self) -> int:
-        """All samples of an image, if they are not too many for a pass."""
+        """All samples of an image; if they are too many for a pass, the same part of them in each of several."""
         if self._stage.method != "nucleus":
             return 1
-        batch = self._stage.batch
-        return min(self._stage.count, CPU_CAPTIONS if batch == "auto" else min(batch, CPU_CAPTIONS))
+        count, batch = self._stage.count, self._stage.batch
+        most = CPU_CAPTIONS if batch == "auto" else min(batch, CPU_CAPTIONS)
+        return -(-count // -(-count // most))
 
     def write(
         self, states: Sequence[torch.Tensor], uids: Sequence[str], tasks: Sequence[tuple[int, int]]

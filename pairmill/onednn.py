@@ -76,7 +76,7 @@ def _pack(module: nn.Module) -> None:
             setattr(module, name, PatchEmbedding(child))
         elif _is_plain_self_attention(module, child):
             setattr(module, name, SelfAttention(child))
-        elif not _reads_weights(child):
+        else:
             _pack(child)
     if isinstance(module, nn.Sequential):
         _fuse_gelu(module)
@@ -228,13 +228,6 @@ def _is_plain_self_attention(parent: nn.Module, child: nn.Module) -> bool:
         and child.batch_first
         and child.in_proj_bias is not None
     )
-
-
-def _reads_weights(child: nn.Module) -> bool:
-    """Whether a child hands the weights of its layers to a function of torch, which knows plain ones only."""
-    from open_clip.modified_resnet import AttentionPool2d
-
-    return isinstance(child, AttentionPool2d)
 
 
 def _fuse_gelu(layers: nn.Sequential) -> None:

@@ -201,6 +201,16 @@ def test_more_captions_begin_with_the_fewer(captioners: dict[str, ModelRef]) -> 
     assert all(len(row) == 5 == len(set(row)) for row in five.values())
 
 
+@pytest.mark.parametrize(
+    ("count", "batch", "samples"), [(1, "auto", 1), (16, "auto", 16), (17, "auto", 9), (40, "auto", 14), (11, 8, 6)]
+)
+def test_many_captions_are_written_in_equal_parts(
+    captioners: dict[str, ModelRef], count: int, batch: Any, samples: int
+) -> None:
+    writer = writer_of(load_captioner(captioners["blip"], "cpu"), stage(captioners["blip"], count=count, batch=batch))
+    assert writer.samples == samples
+
+
 def test_seed_and_uid_make_the_difference(captioners: dict[str, ModelRef], nucleus: Kernel) -> None:
     rows = table(3)
     here = texts(nucleus, rows)
