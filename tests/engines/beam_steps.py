@@ -86,6 +86,18 @@ class OpenedOnDevice(OnDevice):
         return super().open()
 
 
+LOADED = threading.Event()
+
+
+@dataclass(frozen=True)
+class Loads(steps.CountWords):
+    """Loads until `LOADED`."""
+
+    def open(self) -> Kernel:
+        LOADED.wait()
+        return super().open()
+
+
 def recipe(config: RunConfig) -> Recipe:
     """words, at least N, chars, no repeated text, rank in cells."""
     return Recipe("beam_steps", (*steps.recipe(config).steps[:-1], RankInCells()))

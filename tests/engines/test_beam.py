@@ -39,7 +39,7 @@ from pairmill.versions import vacuum
 from schemas.config import Engine, RunConfig
 from tests.contract.test_equality import table_digests
 from tests.dedup.synthetic import clusters, live
-from tests.engines.beam_steps import Alone, OpenedOnDevice, rank
+from tests.engines.beam_steps import LOADED, Alone, Loads, OpenedOnDevice, rank
 from tests.engines.failing_steps import Device
 from tests.steps import AtLeast, CountWords, config, texts, write_urls
 
@@ -398,6 +398,20 @@ def test_a_worker_process_that_lives_on_begins_each_pipeline_anew(
     assert (tmp_path / "log").read_text() == "opened\n" * 2
     dismiss(outbox)
     assert (tmp_path / "device").exists() and Device(str(tmp_path / "device")), "nothing is held when the run has ended"
+
+
+def test_an_interrupted_driver_does_not_wait_for_what_is_being_loaded(admitted: tuple[RunConfig, Job, list[Unit]]):
+    run, _, _ = admitted
+    job = Job(Dataset(run.dataset).url, compile_plan(Recipe("loads", (Loads(),))), 0, 0.02, 20)
+    outbox = Outbox.make(job.dataset)
+    RunGroup(job, 0, [0], outbox, 1).setup()
+    end = threading.Thread(target=dismiss, args=(outbox,))
+    end.start()
+    end.join(20)
+    waiting = end.is_alive()
+    LOADED.set()
+    end.join()
+    assert not waiting
 
 
 def test_neighbours_are_those_of_the_local_engine_bit_for_bit(tmp_path: Path):

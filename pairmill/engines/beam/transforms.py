@@ -7,10 +7,12 @@ functions.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -123,11 +125,6 @@ class _Crew:
             finally:
                 self._idle.append(worker)
 
-    def leave(self) -> None:
-        """Let go of the models of workers that nobody uses."""
-        while self._idle:
-            self._idle.pop().release()
-
 
 _crews: dict[Outbox, dict[int, _Crew]] = {}
 """In a worker process: by pipeline and group, the crews. They outlive the DoFns, which runners make and throw away as
@@ -159,8 +156,11 @@ def dismiss(outbox: Outbox) -> None:
 
 
 def _dismiss(outbox: Outbox) -> None:
-    for crew in _crews.pop(outbox, {}).values():
-        crew.leave()
+    """What is still being loaded is not waited for, as `Worker.release` does: Ctrl-C would wait for it."""
+    if _crews.pop(outbox, None):
+        gc.collect()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
 
 
 def _prepare(processes: int) -> None:
