@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
     from pairmill.demo_examples import Example
     from pairmill.demo_instructions import Talk
+    from pairmill.report.progress import Reporter
     from pairmill.run import RunReport
+    from schemas.config import RunConfig
 
 POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
 """Top-level packages with names so general that another checkout could stand in front of ours."""
@@ -143,6 +145,7 @@ def run(
 
     loaded = load_config(config, overrides or [])
     with reporter_for(sys.stderr) as reporter:
+        _note_shipped_models(loaded, reporter)
         report = refresh(
             loaded,
             reporter,
@@ -181,6 +184,7 @@ def plan(
 
     loaded = load_config(config, overrides or [])
     with reporter_for(sys.stderr) as reporter:
+        _note_shipped_models(loaded, reporter)
         report = make_plan(loaded, reporter, retry_deferred=retry_deferred)
     if as_json:
         print_json(asdict(report))
@@ -392,6 +396,16 @@ def demo(
         return
     _print_run(str(report.out / "dataset"), report.run)
     _print_demo(report.out, asdict(report.metrics), report.examples, report.talks)
+
+
+def _note_shipped_models(config: RunConfig, reporter: Reporter) -> None:
+    from pairmill.run import shipped_models_used
+
+    if stages := shipped_models_used(config):
+        reporter.note(
+            f"{', '.join(stages)}: by the tiny models that pairmill ships, which know coloured shapes and nothing "
+            "else; for other pictures name models of your own (`models:` in the config)"
+        )
 
 
 # -- what the verbs print ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from pairmill.execute import (
     units_to_do,
 )
 from pairmill.isolate import raise_failure
+from pairmill.models import ModelRef
 from pairmill.plan import Plan, PlannedStep, Recipe, compile_plan, model_identities, placed
 from pairmill.planning import PlanReport, make_plan
 from pairmill.report.progress import Reporter
@@ -52,6 +54,7 @@ from pairmill.store import (
     content_digest,
     set_torn_aside,
 )
+from pairmill.weights import tiny_clip_dir
 from schemas import fields
 from schemas.config import RunConfig
 from schemas.reasons import DEFERRED_VALUES, Status
@@ -147,6 +150,22 @@ def recipe_names() -> list[str]:
 
     found = pkgutil.walk_packages(pipelines.__path__)
     return sorted(m.name for m in found if not m.ispkg and not m.name.startswith("_"))
+
+
+def shipped_models_used(config: RunConfig) -> list[str]:
+    """The stages of the config's recipe whose model is one of those that the package ships.
+
+    Raises:
+        ConfigError: there is no such recipe, or a model is missing.
+    """
+    steps = compile_plan(load_recipe(config)).steps
+    models = {planned.name: getattr(planned.step, "model", None) for planned in steps}
+    shipped = tiny_clip_dir().parent
+    return [
+        name
+        for name, model in models.items()
+        if isinstance(model, ModelRef) and model.path is not None and Path(model.path).parent == shipped
+    ]
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------

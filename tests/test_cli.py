@@ -141,6 +141,17 @@ def test_plan_changes_nothing(command: Command, config: Path):
     assert not Path(dataset(config)).exists()
 
 
+def test_plan_and_run_say_where_a_shipped_model_judges(command: Command, config: Path):
+    said = "by the tiny models that pairmill ships, which know coloured shapes and nothing else"
+    assert f"clip, captions, caption_clip, itm: {said}" in command("plan", str(config), "--set", "recipe=capfilt").err
+    own = ["--set", "recipe=clip_filter", "--set", "models.clip={name: ViT-L-14, pretrained: openai}"]
+    assert said not in command("plan", str(config), *own).err
+    published = command("plan", str(config), "--set", "recipe=datacomp_clip_b32_25")  # has a model of its own
+    assert (published.code, said in published.err) == (0, False)
+    write_urls(config.parent / "urls.parquet", [])
+    assert said in command("run", str(config), "--set", "recipe=clip_filter").err
+
+
 def test_a_changed_threshold_makes_a_snapshot_and_old_ones_stay(command: Command, config: Path):
     command("run", str(config))
     changed = command("run", str(config), "--set", "options.words=5")
