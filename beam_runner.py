@@ -54,14 +54,12 @@ def beam(
     Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong;
     130 interrupted, run it again to go on.
     """
-    from pairmill.engines.beam import check_options
     from pairmill.run import load_config
 
     prepare(debug)
     if config.startswith("-"):
         raise ConfigError(f"{config} stands where the config is expected: CONFIG.yaml comes first")
     options = [*load_config(config, overrides or []).engine.pipeline_options, *context.args]
-    check_options(options)
     chosen = ["engine.kind=beam", f"engine.pipeline_options={json.dumps(options)}"]
     run(config, [*(overrides or []), *chosen], retry_deferred, wait=wait, as_json=as_json)
 

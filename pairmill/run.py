@@ -23,7 +23,7 @@ from captioners.instruct.stage import Instructions
 from pairmill import answers, config_file, retry, revisits, storage, takedown, versions
 from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
-from pairmill.engines import open_engine
+from pairmill.engines import check_engine, open_engine
 from pairmill.errors import ConfigError, ContractError, PlanError
 from pairmill.execute import (
     Frame,
@@ -205,6 +205,7 @@ def refresh(
         PairmillError: see `pairmill.errors`; the last snapshot is intact.
     """
     compiled = compile_plan(load_recipe(config))
+    check_engine(config.engine)
     dataset = Dataset(config.dataset)
     with dataset.lock(wait_s):
         return _Refresh(config, compiled, dataset, reporter).run(retry_deferred, revisit, admit)

@@ -91,6 +91,19 @@ def open_engine(config: EngineConfig, dataset: str | None = None) -> AbstractCon
     return ray_engine(config)
 
 
+def check_engine(config: EngineConfig) -> None:
+    """Find out what is wrong with the config of an engine before anything is read.
+
+    Raises:
+        ConfigError: a pipeline option that Beam does not know.
+        EngineError: Beam, or what its runner needs, is not installed.
+    """
+    if config.kind == "beam":
+        from pairmill.engines.beam import check_options
+
+        check_options(config.pipeline_options)
+
+
 @contextlib.contextmanager
 def import_path() -> Iterator[None]:
     """Worker processes that are started on this machine meanwhile import what the driver can import."""
