@@ -488,7 +488,7 @@ class _TrainingLines:
         if segment != self._segment or progress.step <= self._step:
             self._reporter.finish()
             self._segment, self._step = segment, 0
-            self._reporter.start(*segment)
+            self._reporter.start(*segment, "steps" if progress.stage == "train" else "rows")
         self._reporter.advance(progress.step - self._step, {})
         self._step = progress.step
 

@@ -269,7 +269,7 @@ class Examination:
 
     def _look_at_files(self) -> None:
         every = [(table, need) for table, needs in sorted(self.needs.items()) for need in needs.values()]
-        self._reporter.start("verify", len(every))
+        self._reporter.start("verify", len(every), "files")
         looks = in_threads(lambda item: self._look(item[0], item[1].file, self._columns.get(item[0])), every)
         for (table, need), seen in looks:
             if seen is None:

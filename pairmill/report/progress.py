@@ -26,8 +26,8 @@ class Reporter(Protocol):
     def note(self, message: str) -> None:
         """One line about what happens."""
 
-    def start(self, title: str, rows: int) -> None:
-        """A segment begins that has `rows` rows to do."""
+    def start(self, title: str, rows: int, unit: str = "rows") -> None:
+        """A segment begins that has `rows` rows to do, or as many of another `unit`, such as files."""
 
     def advance(self, rows: int, dropped: Mapping[str, int]) -> None:
         """`rows` more rows are done and committed; of them these were dropped or deferred, by reason."""
@@ -42,7 +42,7 @@ class Silent:
     def note(self, message: str) -> None:
         """Say nothing."""
 
-    def start(self, title: str, rows: int) -> None:
+    def start(self, title: str, rows: int, unit: str = "rows") -> None:
         """Say nothing."""
 
     def advance(self, rows: int, dropped: Mapping[str, int]) -> None:
@@ -65,13 +65,13 @@ class LogReporter:
         self._stream.write(_line(message) + "\n")
         self._stream.flush()
 
-    def start(self, title: str, rows: int) -> None:
+    def start(self, title: str, rows: int, unit: str = "rows") -> None:
         """Say what begins."""
-        self._title, self._rows, self._done = title, rows, 0
+        self._title, self._rows, self._unit, self._done = title, rows, unit, 0
         self._dropped: Counter[str] = Counter()
         self._begin = self._told = self._clock()
         self._told_done = 0
-        self.note(f"{title}: {rows:,} rows to do")
+        self.note(f"{title}: {rows:,} {unit} to do")
 
     def advance(self, rows: int, dropped: Mapping[str, int]) -> None:
         """Count, and say how it goes when it is time to."""
@@ -86,7 +86,7 @@ class LogReporter:
         left = (self._rows - self._done) / rate if rate else 0.0
         share = self._done / self._rows if self._rows else 1.0
         self.note(
-            f"{self._title}: {self._done:,} of {self._rows:,} ({share:.0%}), {rate:,.1f} rows/s, "
+            f"{self._title}: {self._done:,} of {self._rows:,} ({share:.0%}), {rate:,.1f} {self._unit}/s, "
             f"{_duration(left)} left{_drops(self._dropped)}"
         )
 
@@ -95,7 +95,7 @@ class LogReporter:
         if self._title is None:
             return
         seconds = self._clock() - self._begin
-        self.note(f"{self._title}: {self._done:,} rows in {_duration(seconds)}{_drops(self._dropped)}")
+        self.note(f"{self._title}: {self._done:,} {self._unit} in {_duration(seconds)}{_drops(self._dropped)}")
         self._title = None
 
 
@@ -108,15 +108,16 @@ class LiveReporter:
         self._console = Console(file=stream, highlight=False, emoji=False, markup=False)
         self._progress: Progress | None = None
         self._dropped: Counter[str] = Counter()
+        self._unit = "rows"
 
     def note(self, message: str) -> None:
         """Write one line above the moving one."""
         self._console.print(_line(message))
 
-    def start(self, title: str, rows: int) -> None:
+    def start(self, title: str, rows: int, unit: str = "rows") -> None:
         """Show the segment's line."""
         self.finish()
-        self._dropped = Counter()
+        self._dropped, self._unit = Counter(), unit
         self._progress = _progress(self._console)
         self._progress.add_task(title, total=rows, drops="", rate="", left="")
         self._progress.start()
@@ -131,7 +132,9 @@ class LiveReporter:
         rate = done / task.elapsed if task.elapsed else 0.0
         left = f"{_duration((task.total - done) / rate)} left" if rate and task.total and done < task.total else ""
         drops = _drops(self._dropped).removeprefix(", ")
-        self._progress.update(task.id, advance=rows, drops=drops, rate=f"{rate:,.1f} rows/s" if rate else "", left=left)
+        self._progress.update(
+            task.id, advance=rows, drops=drops, rate=f"{rate:,.1f} {self._unit}/s" if rate else "", left=left
+        )
 
     def finish(self) -> None:
         """Leave the line as it is."""

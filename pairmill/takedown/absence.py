@@ -125,7 +125,7 @@ def check_absence(dataset: Dataset, selectors: Selectors, reporter: Reporter) ->
             found = _files_of(known.out)
             (out_of_reach if found is None else reached).append(known.out)
             files += found or []
-        reporter.start("checking files", len(files))
+        reporter.start("checking files", len(files), "files")
         total, unread = _Result(), []
         needles = _Needles(stones, selectors)
         with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:

@@ -397,7 +397,7 @@ class _Takedown:
         # two versions of a ledger may have the same rest, and so the same file
         self.locks = {place.file.shard: threading.Lock() for _, place in todo}
         replaced = []
-        self.reporter.start("rewriting files", len(todo))
+        self.reporter.start("rewriting files", len(todo), "files")
         with ThreadPoolExecutor(_WRITERS) as pool:
             for done in pool.map(lambda item: self._copied(item[0], item[1], uids), todo):
                 replaced.append(done)

@@ -304,7 +304,7 @@ class _Search:
         embedded = self._tables_with(lambda c: c.embeds) if self.near else []
         hashed = self._tables_with(lambda c: bool(c.hashes)) if self.near else []
         passes = [*matched, *[*embedded, *embedded, *hashed, *hashed] * len(self.near), *columns]
-        self.reporter.start("searching files", sum(len(self.inventory.tables[t]) for t in passes))
+        self.reporter.start("searching files", sum(len(self.inventory.tables[t]) for t in passes), "files")
         for table in matched:
             self._match(table)
         for request, cosine in self.near.items():

@@ -21,6 +21,20 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_what_is_counted_is_named():
+    stream, clock = io.StringIO(), Clock()
+    reporter = LogReporter(stream, clock)
+    reporter.start("verify", 3, "files")
+    clock.now += 20
+    reporter.advance(2, {})
+    reporter.finish()
+    assert stream.getvalue().splitlines() == [
+        "verify: 3 files to do",
+        "verify: 2 of 3 (67%), 0.1 files/s, 10.0 s left",
+        "verify: 2 files in 20.0 s",
+    ]
+
+
 def test_a_log_says_what_begins_how_it_goes_and_what_came_out():
     stream, clock = io.StringIO(), Clock()
     reporter = LogReporter(stream, clock)

@@ -671,11 +671,11 @@ def test_progress_of_several_sources_is_a_segment_each(tmp_path: Path):
     told: list[Any] = []
 
     class Tells(Silent):
-        def start(self, title: str, rows: int) -> None:
-            told.append((title, rows, []))
+        def start(self, title: str, rows: int, unit: str = "rows") -> None:
+            told.append((title, rows, unit, []))
 
         def advance(self, rows: int, dropped: Any) -> None:
-            told[-1][2].append(rows)
+            told[-1][3].append(rows)
 
     parts = [coco_folder(tmp_path / str(n), images) for n, images in enumerate((40, 40, 12))]
     lines = _TrainingLines(Tells())
@@ -684,8 +684,8 @@ def test_progress_of_several_sources_is_a_segment_each(tmp_path: Path):
     )
     for step in (2, 5):
         lines.tell(TrainProgress("train", step, 5))
-    pictures = [("pictures", 40, [40]), ("pictures", 40, [40]), ("pictures", 12, [12])]
-    assert told == [*pictures, ("train", 5, [2, 3])]
+    pictures = [("pictures", count, "rows", [count]) for count in (40, 40, 12)]
+    assert told == [*pictures, ("train", 5, "steps", [2, 3])]
 
 
 def test_a_card_names_all_sources_and_a_filters_own_parameters(tmp_path: Path):
