@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 the run failed; 2 the config or the arguments are wrong; 1
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -47,6 +48,14 @@ POLICY_PACKAGES = ("schemas", "filters", "captioners", "pipelines")
 """Top-level packages with names so general that another checkout could stand in front of ours."""
 
 INTERRUPTED = 130
+
+_OF_THE_MACHINE = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend access, or name another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or name another place"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file is where a folder should be: take it away"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files: ulimit -n 4096"),
+}
+"""Errors of the machine that no code is to blame for, and what to do about them."""
 
 app = typer.Typer(
     name="pairmill",
@@ -531,7 +540,13 @@ def main(command: typer.Typer = app, name: str = "pairmill") -> NoReturn:
         _explain(error)
         sys.exit(error.exit_code)
     except Exception as error:  # noqa: BLE001 (the last line of defence: it is shown whole)
-        _explain_defect(error)
+        advice = _OF_THE_MACHINE.get(error.errno or 0) if isinstance(error, OSError) else None
+        if advice:
+            told = PairmillError(f"{error}; {advice}, then run again: what was finished is kept")
+            told.__cause__ = error
+            _explain(told)
+        else:
+            _explain_defect(error)
         sys.exit(1)
     finally:
         gc.freeze()  # or Python looks through all that torch has made once more before it ends: a second for nothing

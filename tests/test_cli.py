@@ -284,6 +284,17 @@ def test_an_unexpected_error_is_called_a_defect_with_its_traceback(
     assert "\x1b" not in result.err
 
 
+def test_a_demo_or_training_that_cannot_write_is_told_in_a_line(command: Command, config: Path):
+    train = ["train", "captioner", "pairmill/weights/captioner-tiny/train.yaml", "--set", "data.scenes=8"]
+    for verb in (["demo", "--pairs", "10", "--out", f"{config}"], [*train, "--set", f"out={config}/model"]):
+        result = command(*verb)
+        assert result.code == 1
+        assert str(config) in result.err.splitlines()[-1]
+        assert result.err.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in result.err
+        assert "defect" not in result.err
+
+
 def test_debug_shows_the_traceback_of_a_known_error(command: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PAIRMILL_DEBUG", "1")
     result = command("status", "nowhere")
