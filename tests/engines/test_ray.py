@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from pairmill.engines import open_engine
 from pairmill.engines import ray as on_ray
+from pairmill.engines.ray import session
 from pairmill.engines.ray import watch as watching
 from pairmill.engines.ray.pools import MissingResourcesError, Need, Node, Pool, Sizing, slots
 from pairmill.engines.ray.watch import Patience, ResizeError, Watch
@@ -245,3 +247,16 @@ def test_a_failed_stage_arrives_as_its_own_error(tmp_path: Path):
     table = write_urls(tmp_path / "urls.parquet", [f"poison {i} in this text" for i in range(100)])
     with pytest.raises(StageFailed, match="ValueError: a poisoned text"):
         refresh(config(tmp_path, table, engine={"kind": "ray", "address": "local"}), Silent())
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.2:1", r"cannot start or reach Ray \(127\.0\.0\.2:1\): nothing answers at 127\.0\.0\.2:1"),
+        ("no-port", r"Ray refuses the settings \(no-port is not HOST:PORT\); check engine\.address"),
+    ],
+)
+def test_an_address_without_a_cluster_is_told_soon(address: str, said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "REACH_S", 0.1)
+    with pytest.raises(EngineError, match=said), open_engine(Config(kind="ray", address=address)):
+        pass

@@ -58,7 +58,7 @@ def _watch(line: socket.socket, head: str, over: threading.Event) -> None:
                 "What was committed is kept: run the command again"
             )
             return
-        if _answers(head):
+        if answers(head):
             if told:
                 log.warning("the head of the Ray cluster (%s) answers again", head)
             heard, told = time.monotonic(), False
@@ -81,7 +81,8 @@ def _connected(path: str) -> socket.socket:
     return line
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether something takes connections at ``HOST:PORT``."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CHECK_S).close()

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pairmill.engines import import_path
@@ -21,6 +22,11 @@ LOCAL_ADDRESS = "127.0.0.2"
 
 PACKAGES = ("pairmill", "schemas", "filters", "captioners", "pipelines")
 """What a worker must be able to import."""
+
+REACH_S = 5.0
+"""How long nothing may answer at the address of a cluster."""
+TRIES_ENV = "RAY_gcs_server_port_wait_time_s"
+"""How often Ray tries to speak to a head, half a minute each time; 20 times where this is not said."""
 
 PROBE_S = 300.0
 """How long a cluster may take to start a worker with its runtime environment, on a node that is there."""
@@ -94,11 +100,11 @@ def _start(config: EngineConfig) -> tuple[str, bool]:
         )
     try:
         if wanted and wanted != "local":
-            ray.init(address=wanted, **common)
+            _join(wanted, common)
             return f"ray cluster at {wanted}", False
         if address == "auto" and not wanted:
             with contextlib.suppress(ConnectionError):
-                ray.init(address="auto", **common)
+                _join("auto", common)
                 return "ray cluster that runs here", False
         with import_path(), _without_greeting():
             ray.init(address="local", include_dashboard=False, _node_ip_address=LOCAL_ADDRESS, **common)
@@ -113,6 +119,34 @@ def _start(config: EngineConfig) -> tuple[str, bool]:
             "with --set engine.kind=local"
         ) from error
     return f"ray, started here with {int(ray.cluster_resources().get('CPU', 0))} CPUs", True
+
+
+def _join(address: str, common: Mapping[str, Any]) -> None:
+    """Join a cluster, or see soon that there is none: Ray itself would try for ten minutes, deaf to Ctrl-C.
+
+    Raises:
+        ConnectionError: nothing answers there, as when a cluster was killed and left its address behind.
+        ValueError: it is no address.
+        RuntimeError: what answers is no head of Ray.
+    """
+    import ray
+    from ray._private.services import get_ray_address_from_environment
+
+    found = get_ray_address_from_environment("auto", None) if address == "auto" else address
+    if not found.rpartition(":")[2].isdigit():
+        raise ValueError(f"{found} is not HOST:PORT")
+    until = time.monotonic() + REACH_S
+    while not head.answers(found):
+        if time.monotonic() >= until:
+            raise ConnectionError(f"nothing answers at {found}")
+        time.sleep(0.2)
+    once = os.environ.get(TRIES_ENV)
+    os.environ.setdefault(TRIES_ENV, "1")
+    try:
+        ray.init(address=found, **common)
+    finally:
+        if once is None:
+            del os.environ[TRIES_ENV]
 
 
 def _probe() -> None:
