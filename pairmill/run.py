@@ -24,7 +24,7 @@ from pairmill import answers, config_file, retry, revisits, storage, takedown, v
 from pairmill.admission import Admission, admit
 from pairmill.dedup.groups import settle
 from pairmill.engines import check_engine, open_engine
-from pairmill.errors import ConfigError, ContractError, PlanError
+from pairmill.errors import ConfigError, ContractError, PairmillError, PlanError
 from pairmill.execute import (
     Frame,
     Job,
@@ -122,7 +122,7 @@ def load_recipe(config: RunConfig) -> Recipe:
 
     Raises:
         ConfigError: there is no such recipe, or ``engine.stages`` places a stage that it does not have.
-        PlanError: the function did not return a `Recipe`.
+        PlanError: the function did not return a `Recipe`, or one that is not in pipelines/ failed.
     """
     module, _, function = config.recipe.partition(":")
     target = module if function or "." in module else f"pipelines.{module}"
@@ -134,7 +134,15 @@ def load_recipe(config: RunConfig) -> Recipe:
         raise ConfigError(f"recipe: there is no {config.recipe!r}; there are: {', '.join(recipe_names())}") from error
     except AttributeError as error:
         raise ConfigError(f"recipe: the module {target!r} has no function {function or 'recipe'!r}") from error
-    recipe = build(config)
+    try:
+        recipe = build(config)
+    except PairmillError:
+        raise
+    except Exception as error:
+        if target == f"pipelines.{module}":
+            raise
+        told = f"{type(error).__name__}: {error}"
+        raise PlanError(f"recipe: {config.recipe!r} failed: {told}; `pairmill --debug ...` shows where") from error
     if not isinstance(recipe, Recipe):
         raise PlanError(
             f"recipe {config.recipe!r} returned {type(recipe).__name__}; it must return pairmill.plan.Recipe"

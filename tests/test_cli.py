@@ -284,6 +284,14 @@ def test_an_unexpected_error_is_called_a_defect_with_its_traceback(
     assert "\x1b" not in result.err
 
 
+def test_a_recipe_of_ones_own_that_fails_is_no_defect_of_ours(command: Command, config: Path):
+    result = command("plan", str(config), "--set", "recipe=os:getcwd")  # which takes no config
+    assert result.code == 2
+    assert "error: recipe: 'os:getcwd' failed: TypeError: " in result.err
+    assert "Traceback" not in result.err
+    assert "in load_recipe" in command("--debug", "plan", str(config), "--set", "recipe=os:getcwd").err
+
+
 def test_a_demo_or_training_that_cannot_write_is_told_in_a_line(command: Command, config: Path):
     train = ["train", "captioner", "pairmill/weights/captioner-tiny/train.yaml", "--set", "data.scenes=8"]
     for verb in (["demo", "--pairs", "10", "--out", f"{config}"], [*train, "--set", f"out={config}/model"]):
