@@ -204,24 +204,24 @@ class ShortTexts:
         return projection(x) if callable(projection) else x @ projection
 
 
+class _Words(dict[str, str]):
+    """What is known of words. No more are learnt once there are `KNOWN_WORDS`: the first ones are the common ones."""
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) < KNOWN_WORDS:
+            super().__setitem__(word, tokens)
+
+
 def bounded(tokenizer: Any) -> Any:
     """A tokenizer of open_clip that neither remembers all words it has seen nor reads far behind its context; others
     are as they were."""
     import open_clip
 
-    if type(tokenizer) is not open_clip.SimpleTokenizer:
-        return tokenizer
-    clean, most = tokenizer.clean_fn, tokenizer.context_length * CHARACTERS_A_TOKEN
-    tokenizer.clean_fn = lambda text: clean(text)[:most]
-    special = dict(tokenizer.cache)
-
-    def bounded_tokenizer(texts: list[str]) -> torch.Tensor:
-        if len(tokenizer.cache) > KNOWN_WORDS:
-            tokenizer.cache = dict(special)
-        ids: torch.Tensor = tokenizer(texts)
-        return ids
-
-    return bounded_tokenizer
+    if type(tokenizer) is open_clip.SimpleTokenizer:
+        clean, most = tokenizer.clean_fn, tokenizer.context_length * CHARACTERS_A_TOKEN
+        tokenizer.clean_fn = lambda text: clean(text)[:most]
+        tokenizer.cache = _Words(tokenizer.cache)
+    return tokenizer
 
 
 def _image_work(tower: Any) -> tuple[int | None, int]:
