@@ -203,9 +203,8 @@ class EndpointWriter:
     questions: Questions
     chat: PaidChat = field(compare=False)
     resources: Resources = field(default=Resources(cpus=0.25, rows=1024, actor=True, workers=2), compare=False)
-    """Two workers, so that one goes on while the other waits for a shard's slowest answers."""
-    """One worker on a cluster, since limits a minute are the whole run's. A call ends with its slowest answer, while
-    others could be asked for: 77% of a bare loop's throughput with 256 rows a call, 90% with 1,000
+    """Two workers, so that one goes on while the other waits for a shard's slowest answers; the limits are the whole
+    run's, and each has its part of them. 1,000 rows a call: 77% of a bare loop's throughput with 256, 90% with 1,000
     (`benchmarks/endpoint.py`)."""
 
     @classmethod
