@@ -136,9 +136,9 @@ def _explain(model: type[BaseModel], item: dict[str, Any]) -> str:
     given = item.get("input")
     open_owners = [owner for owner in owners if owner.model_config.get("extra") == "allow"]
     known = [name for owner in open_owners for name in _keys(owner)]
-    if known and place[-1] not in known and (near := difflib.get_close_matches(place[-1], known, n=1)):
+    if known and place and place[-1] not in known and (near := difflib.get_close_matches(place[-1], known, n=1)):
         return f"{key}: unknown key; did you mean {near[0]!r}?"
-    condition = any(_is_condition(owner, place[-1]) for owner in owners)
+    condition = any(_is_condition(owner, place[-1]) for owner in owners if place)
     expected = _CONDITION if condition and item["type"] == "string_type" else _expected(item)
     shown = "" if isinstance(given, (dict, BaseModel)) or repr(given) in expected else f" (given: {given!r:.80})"
     return f"{key}: {expected}{shown}"
