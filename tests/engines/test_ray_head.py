@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -55,6 +58,23 @@ def test_a_head_that_is_silent_and_comes_back_and_a_raylet_that_dies(tmp_path: P
             assert heard.waits_for("answers again")
         raylet.close()
         assert heard.waits_for("raylet on this machine is gone")
+
+
+def test_a_driver_with_many_open_files_hears_of_it_too(tmp_path: Path, heard: Heard):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(0))
+        raylet, gcs = socket.socket(socket.AF_UNIX), socket.create_server(("127.0.0.2", 0))
+        stack.callback(gcs.close)
+        raylet.bind(str(tmp_path / "raylet"))
+        raylet.listen()
+        host, port = gcs.getsockname()
+        with head.watching(str(tmp_path / "raylet"), f"{host}:{port}"):
+            raylet.close()
+            assert heard.waits_for("raylet on this machine is gone")
 
 
 def test_a_calm_end_is_no_loss(tmp_path: Path, heard: Heard):

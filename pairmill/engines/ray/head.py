@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 
 CHECK_S = 1.0
 """Between two looks at the head; a raylet that dies is heard of at once."""
@@ -49,7 +49,7 @@ def watching(raylet: str, head: str) -> Iterator[None]:
 def _watch(line: socket.socket, head: str, over: threading.Event) -> None:
     heard, told = time.monotonic(), False
     while not over.is_set():
-        readable, _, _ = select.select([line], [], [], CHECK_S)
+        readable = wait([line], CHECK_S)  # not select, which takes no descriptor above 1023
         if over.is_set():
             return
         if readable:
